@@ -25,7 +25,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
-    """Data, models and goldens made by others: $LORAX_FT_SHARED, or `shared` beside the checkout."""
+    """Data, models and goldens by others: $LORAX_FT_SHARED, or `shared` beside the checkout."""
     folder = pathlib.Path(os.environ.get("LORAX_FT_SHARED", REPOSITORY.parent / "shared"))
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder} (set LORAX_FT_SHARED)")
