@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 
 Array = jax.Array
 _T = TypeVar("_T", bound=type)
+_L = TypeVar("_L", bound="Leaf")
 
 
 class Leaf(abc.ABC):
@@ -79,12 +80,17 @@ class Leaf(abc.ABC):
     def partition_specs(self, spec: PartitionSpec) -> Leaf:
         """The leaf with a `PartitionSpec` in each array field, given the one of the array it stands for."""
 
+    def replace(self: _L, **changes: Any) -> _L:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
     def trainable_count(self) -> int:
         """How many numbers of the leaf, and of the leaves in it, are trained."""
         return sum(
             content.trainable_count() if isinstance(content, Leaf) else math.prod(content.shape)
             for field in dataclasses.fields(self)  # type: ignore[arg-type]
-            if isinstance(content := getattr(self, field.name), Leaf) or field.name in self.trainable
+            if isinstance(content := getattr(self, field.name), Leaf)
+            or field.name in self.trainable
         )
 
     @property

@@ -25,7 +25,9 @@ def path_name(key_path: tuple[Any, ...]) -> str:
 
 def flatten(params: PyTree) -> dict[str, Any]:
     """Every parameter by its path, a leaf being one parameter; holes (`None`) are left out."""
-    return {path_name(p): v for p, v in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_leaf)}
+    return {
+        path_name(p): v for p, v in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_leaf)
+    }
 
 
 def flatten_arrays(params: PyTree) -> dict[str, jax.Array]:
@@ -90,7 +92,9 @@ def partition(params: PyTree, trainable: Patterns = ()) -> tuple[PyTree, PyTree]
 
 def combine(train: PyTree, frozen: PyTree) -> PyTree:
     """Puts the two halves of `partition` together again."""
-    return jax.tree.map(lambda t, f: f if t is None else t, train, frozen, is_leaf=lambda x: x is None)
+    return jax.tree.map(
+        lambda t, f: f if t is None else t, train, frozen, is_leaf=lambda x: x is None
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,7 +210,9 @@ def _check_trainable(path: str, value: Any) -> None:
             "out of `trainable`, or leave it out of quantisation and of the method's targets."
         )
     if not jax.numpy.issubdtype(value.dtype, jax.numpy.floating):
-        raise ValueError(f"trainable: {path} has dtype {value.dtype}; only floating-point arrays can be trained.")
+        raise ValueError(
+            f"trainable: {path} has dtype {value.dtype}; only floating-point arrays can be trained."
+        )
 
 
 def _nothing_matched(pattern: str, paths: list[str], field: str) -> str:

@@ -1,0 +1,222 @@
+"""The LoRA leaf: a frozen kernel or embedding with a trainable low-rank update beside it.
+
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models":
+`y = base(x) + scale * (dropout(x) @ a.T) @ b`, with `a` kept `[rank, in]` as Hugging Face PEFT keeps it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from lorax_ft.jaxprs import is_concrete
+from lorax_ft.leaves import Array, Leaf, as_matrix, dense, from_matrix, leaf, static_field
+
+Options = tuple[Any, Any]  # (precision, preferred_element_type) of the products
+
+
+@leaf
+class LoRA(Leaf):
+    """`base + scale * a.T @ b`.
+
+    Seen as a matrix the base is `[in_size, out_size]`; `a` is `[*stack, r, in_size]`, `b`
+    `[*stack, r, out_size]`. Layers of one stack may differ in rank: the factors of a lower one end in
+    rows of zeros, whose gradients are exactly zero, and `rank` says how many rows are real.
+    """
+
+    base: Any  # [*stack, *core] array or leaf
+    a: Array
+    b: Array
+    scale: Array  # [*stack] float32: alpha / rank, or alpha / sqrt(rank) with rsLoRA
+    rank: Array  # [*stack] int32
+    dropout: Array | None = (
+        None  # [*stack] float32: share of inputs dropped before `a`; None: no dropout
+    )
+    key: Array | None = None  # [*stack] PRNG keys; None: evaluation, nothing is dropped
+    base_in_axes: tuple[int, ...] = static_field(default=(-2,))
+
+    trainable: ClassVar[tuple[str, ...]] = ("a", "b")
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        return tuple(self.a.shape[:-2])
+
+    @property
+    def core_shape(self) -> tuple[int, ...]:
+        return tuple(self.base.shape[self.a.ndim - 2 :])
+
+    @property
+    def in_axes(self) -> tuple[int, ...]:
+        return self.base_in_axes
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    def astype(self, dtype: Any) -> LoRA:
+        return self.replace(base=self.base.astype(dtype))
+
+    def linear(self, x: Array, *, precision=None, preferred_element_type=None) -> Array:
+        options = (precision, preferred_element_type)
+        rows = x.reshape(-1, x.shape[-1])
+        base = matrix_of(self.base, self.in_axes)
+        y = _linear(options, base, self.a, self.b, self.scale, rows, *self._dropping())
+        return y.reshape(*x.shape[:-1], -1)
+
+    def linear_transposed(self, x: Array, *, precision=None, preferred_element_type=None) -> Array:
+        # x @ (base + s a.T b).T = base.T(x) + s (x @ b.T) @ a: the same map with a and b changed over
+        options = (precision, preferred_element_type)
+        rows = x.reshape(-1, x.shape[-1])
+        y = base_product(options, matrix_of(self.base, self.in_axes), rows, transposed=True)
+        hidden = rows @ lax.optimization_barrier(self.b.astype(x.dtype).T)
+        update = (hidden @ self.a.astype(x.dtype)) * self.scale.astype(x.dtype)
+        return (y + update.astype(y.dtype)).reshape(*x.shape[:-1], -1)
+
+    def take(self, ids: Array, *, mode: str | None = None) -> Array:
+        rows = take_rows(self.base, self.in_axes, ids, mode)
+        factors = self.a.at[:, ids].get(mode=mode)  # [r, *ids]
+        update = jnp.einsum("r...,rd->...d", factors, self.b) * self.scale
+        return rows + update.astype(rows.dtype)
+
+    def dense(self) -> Array:
+        update = jnp.einsum("...ri,...ro->...io", self.a, self.b) * self.scale[..., None, None]
+        shaped = functools.partial(from_matrix, core_shape=self.core_shape, in_axes=self.in_axes)
+        for _ in self.stack_shape:
+            shaped = jax.vmap(shaped)
+        base = dense(self.base)
+        return base + shaped(update).astype(base.dtype)
+
+    def partition_specs(self, spec: PartitionSpec) -> LoRA:
+        a, b, stack = factor_specs(spec, len(self.stack_shape), self.ndim, self.in_axes)
+        return self.replace(
+            base=self.base.partition_specs(spec) if isinstance(self.base, Leaf) else spec,
+            a=a,
+            b=b,
+            scale=stack,
+            rank=stack,
+            dropout=None if self.dropout is None else stack,
+            key=None if self.key is None else stack,
+        )
+
+    def trainable_count(self) -> int:
+        if not is_concrete(self.rank):  # shapes alone: padding cannot be told from factors
+            return self.a.size + self.b.size
+        return int(self.rank.sum()) * (self.a.shape[-1] + self.b.shape[-1])
+
+    def _dropping(self) -> tuple[Any, Any]:
+        return (
+            (None, None) if self.key is None or self.dropout is None else (self.key, self.dropout)
+        )
+
+
+def matrix_of(base: Any, in_axes: tuple[int, ...]) -> Any:
+    """A base without stack axes as something `base_product` multiplies with: a leaf, or a 2-D array."""
+    return base if isinstance(base, Leaf) else as_matrix(base, in_axes)
+
+
+def base_product(options: Options, base: Any, x: Array, *, transposed: bool = False) -> Array:
+    """`x @ base`, or `x @ base.T`, of a leaf or a `[in, out]` array; x is `[n, in]`."""
+    precision, preferred = options
+    if isinstance(base, Leaf):
+        product = base.linear_transposed if transposed else base.linear
+        return product(x, precision=precision, preferred_element_type=preferred)
+    contract = (((1,), (1 if transposed else 0,)), ((), ()))
+    return lax.dot_general(x, base, contract, precision=precision, preferred_element_type=preferred)
+
+
+def take_rows(base: Any, in_axes: tuple[int, ...], ids: Array, mode: str | None) -> Array:
+    """Rows of a leaf or of a `[rows, columns]` array."""
+    if isinstance(base, Leaf):
+        return base.take(ids, mode=mode)
+    return as_matrix(base, in_axes).at[ids].get(mode=mode)
+
+
+def factor_specs(
+    spec: PartitionSpec, depth: int, ndim: int, in_axes: tuple[int, ...]
+) -> tuple[Any, Any, Any]:
+    """Specs of `a` [*stack, r, in], `b` [*stack, r, out] and a [*stack] field, from the kernel's own.
+
+    Factors follow their base. Where several axes are folded into one, the outermost one's spec stands
+    for all if the others have none, which is the same placement.
+    """
+    full = (*spec, *(None,) * (ndim - len(spec)))
+    stack, core = full[:depth], full[depth:]
+
+    def folded(axes: list[int]) -> Any:
+        names = [core[i] for i in axes]
+        return names[0] if names and not any(names[1:]) else None
+
+    inputs = [len(core) + i for i in in_axes]
+    outputs = [i for i in range(len(core)) if i not in inputs]
+    return (
+        PartitionSpec(*stack, None, folded(inputs)),
+        PartitionSpec(*stack, None, folded(outputs)),
+        PartitionSpec(*stack),
+    )
+
+
+def drop(key: Array | None, rate: Array | None, x: Array) -> Array:
+    """Inverted dropout: zeroes a share `rate` of x and scales up the rest; x itself where there is no key."""
+    if key is None or rate is None:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate).astype(x.dtype), jnp.zeros((), x.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(
+    options: Options, base: Any, a: Array, b: Array, scale: Array, x: Array, key: Any, rate: Any
+) -> Array:
+    """`base(x) + scale * (drop(x) @ a.T) @ b` for x [n, in]: one backward pass for base and update together."""
+    return _linear_forward(options, base, a, b, scale, x, key, rate)[0]
+
+
+def _linear_forward(
+    options: Options, base: Any, a: Array, b: Array, scale: Array, x: Array, key: Any, rate: Any
+):
+    y = base_product(options, base, x)
+    hidden = drop(key, rate, x) @ _turned(a, x.dtype)
+    update = (hidden @ b.astype(x.dtype)) * scale.astype(x.dtype)
+    return y + update.astype(y.dtype), (base, a, b, scale, x, hidden, key, rate)
+
+
+def _linear_backward(options: Options, saved: Any, dy: Array):
+    """Keeps the large products as `g @ W.T` and `small.T @ large`, which XLA:CPU runs at full speed.
+
+    Only the small matrices are transposed, each behind a barrier, or XLA would fold the transpose into
+    the product and fall off its fast path. Gradients that nobody asks for (of a frozen base, of the
+    scale) are removed by the compiler.
+    """
+    base, a, b, scale, x, hidden, key, rate = saved
+    _, base_vjp = jax.vjp(lambda base, x: base_product(options, base, x), base, x)
+    d_base, dx = base_vjp(dy)
+    dy = dy.astype(x.dtype)
+    d_update = dy * scale.astype(x.dtype)
+    d_hidden = d_update @ _turned(b, x.dtype)
+    da = _turned(d_hidden) @ drop(key, rate, x)
+    db = _turned(hidden) @ d_update
+    d_scale = jnp.sum((hidden @ b.astype(x.dtype)).astype(jnp.float32) * dy.astype(jnp.float32))
+    through_update = d_hidden @ a.astype(x.dtype)
+    if key is not None:  # the same mask on the way back
+        through_update = drop(key, rate, through_update)
+    return (
+        d_base,
+        da.astype(a.dtype),
+        db.astype(b.dtype),
+        d_scale.astype(scale.dtype),
+        dx + through_update.astype(dx.dtype),
+        None,
+        None,
+    )
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _turned(small: Array, dtype: Any = None) -> Array:
+    return lax.optimization_barrier(small.astype(dtype or small.dtype).T)
