@@ -96,7 +96,7 @@ def key_names(cls: Any, name: str) -> list[str]:
 
 
 def unknown_key(name: str, value: Any, names: list[str]) -> str:
-    """The message for a key that is not there: perhaps it is misspelt, perhaps in the wrong place."""
+    """The message for a key that is not there: misspelt, or in the wrong place."""
     elsewhere = [known for known in names if known.endswith("." + name.rpartition(".")[2])]
     near = elsewhere or nearest(name, names, limit=1) or names
     return f"{name} = {value!r}: there is no such key. Nearest: {', '.join(near) or 'none'}."
