@@ -1,4 +1,5 @@
-"""What this library needs to know of JAX's jaxprs, with all that differs between JAX versions kept here."""
+"""What this library needs to know of JAX's jaxprs, with all that differs between JAX versions kept
+here."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import jax
 from jax._src import source_info_util
 from jax.extend.core import Literal
 
-# One body, evaluated once with all operands in order: (name of the primitive, parameter with the jaxpr).
+# One body, evaluated once with all operands in order: (name of the primitive, parameter with the
+# jaxpr).
 CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
@@ -72,7 +74,8 @@ def evaluate(
     operands: Sequence[Any],
     rule: Callable[[Any, list[Any]], list[Any]],
 ):
-    """Runs a jaxpr, asking `rule(eqn, operands)` for each equation's results; values may be of any type."""
+    """Runs a jaxpr, asking `rule(eqn, operands)` for each equation's results; values may be of any
+    type."""
     environment: dict[Any, Any] = dict(zip(jaxpr.constvars, consts))
     environment.update(zip(jaxpr.invars, operands, strict=True))
 
@@ -98,7 +101,8 @@ def gather_mode(eqn: Any) -> str:
 
 
 def is_array(value: Any) -> bool:
-    """Whether JAX would trace the value as an array of known shape; Python scalars and flags stay as they are."""
+    """Whether JAX would trace the value as an array of known shape; Python scalars and flags stay
+    as they are."""
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 

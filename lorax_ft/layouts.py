@@ -1,8 +1,8 @@
 """How the axes of an array relate to the axes of the parameter it was transposed and reshaped from.
 
 A model may transpose a kernel, split its last axis into heads or add an axis of size one before it
-multiplies with it. `Layout` follows that: each axis of the parameter is cut into *atoms* (a number and
-a size), and each axis of the current array is a sequence of them.
+multiplies with it. `Layout` follows that: each axis of the parameter is cut into *atoms* (a number
+and a size), and each axis of the current array is a sequence of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ Atoms = tuple[Atom, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """`origin[i]`: atoms of the parameter's axis i, outermost first; `axes[i]`: those of the array's axis i."""
+    """`origin[i]`: atoms of the parameter's axis i, outermost first; `axes[i]`: those of the
+    array's axis i."""
 
     origin: tuple[Atoms, ...]
     axes: tuple[Atoms, ...]
@@ -43,7 +44,8 @@ class Layout:
         return Layout(self.origin, tuple(a for i, a in enumerate(self.axes) if i not in dimensions))
 
     def expand(self, shape: Sequence[int], dimensions: Sequence[int]) -> Layout | None:
-        """After `broadcast_in_dim`; None where it repeats values rather than adds axes of size one."""
+        """After `broadcast_in_dim`; None where it repeats values rather than adds axes of size
+        one."""
         placed = dict(zip(dimensions, self.axes))
         axes = tuple(placed.get(i, ()) for i in range(len(shape)))
         return Layout(self.origin, axes) if tuple(map(size_of, axes)) == tuple(shape) else None
@@ -69,13 +71,15 @@ class Layout:
         return Layout(tuple(map(tuple, origin)), tuple(axes))
 
     def drop_front(self) -> Layout | None:
-        """After `scan` has taken a slice of the first axis; None where that is not the parameter's first axis."""
+        """After `scan` has taken a slice of the first axis; None where that is not the parameter's
+        first axis."""
         if not self.axes or not self.origin or self.axes[0] != self.origin[0]:
             return None
         return Layout(self.origin[1:], self.axes[1:])
 
     def origin_of(self, axes: Sequence[int]) -> tuple[int, ...] | None:
-        """The parameter's axes that make up these axes of the array; None where one is there only in part."""
+        """The parameter's axes that make up these axes of the array; None where one is there only
+        in part."""
         atoms = {atom for i in axes for atom in self.axes[i]}
         found = tuple(i for i, axis in enumerate(self.origin) if axis and set(axis) <= atoms)
         return found if {a for i in found for a in self.origin[i]} == atoms else None

@@ -5,8 +5,8 @@ bits, or that it is a frozen kernel with a trainable low-rank update. Leaves nes
 LoRA leaf may be an NF4 leaf.
 
 Every array field of a leaf carries the *stack* axes first (layers under `nn.scan`, experts, members
-of a sweep), so slicing a leaf is slicing each of its fields, as `scan` and `vmap` do with any pytree.
-What is left after the stack axes is the *core*: the shape the model sees inside the loop.
+of a sweep), so slicing a leaf is slicing each of its fields, as `scan` and `vmap` do with any
+pytree. What is left after the stack axes is the *core*: the shape the model sees inside the loop.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _L = TypeVar("_L", bound="Leaf")
 class Leaf(abc.ABC):
     """What a parameter tree may hold in place of an array; make one with the `leaf` decorator.
 
-    Seen as a matrix a leaf maps `in_size` inputs to `out_size` outputs. `in_axes` are the axes of its
-    core that a product `x @ kernel` contracts, counted from the end: `(-2,)` for a `[d_in, d_out]`
-    kernel or a `[vocabulary, d]` embedding, `(-1,)` for `[d_out, d_in]`, `(-3, -2)` for a
+    Seen as a matrix a leaf maps `in_size` inputs to `out_size` outputs. `in_axes` are the axes of
+    its core that a product `x @ kernel` contracts, counted from the end: `(-2,)` for a `[d_in,
+    d_out]` kernel or a `[vocabulary, d]` embedding, `(-1,)` for `[d_out, d_in]`, `(-3, -2)` for a
     `[heads, head_dim, d_out]` kernel.
     """
 
@@ -62,11 +62,13 @@ class Leaf(abc.ABC):
 
     @abc.abstractmethod
     def linear(self, x: Array, *, precision=None, preferred_element_type=None) -> Array:
-        """`x @ kernel`: `[..., in_size]` to `[..., out_size]`. Only for a leaf without stack axes."""
+        """`x @ kernel`: `[..., in_size]` to `[..., out_size]`. Only for a leaf without stack
+        axes."""
 
     @abc.abstractmethod
     def linear_transposed(self, x: Array, *, precision=None, preferred_element_type=None) -> Array:
-        """`x @ kernel.T`: `[..., out_size]` to `[..., in_size]`. Only for a leaf without stack axes."""
+        """`x @ kernel.T`: `[..., out_size]` to `[..., in_size]`. Only for a leaf without stack
+        axes."""
 
     @abc.abstractmethod
     def take(self, ids: Array, *, mode=None) -> Array:
@@ -78,7 +80,8 @@ class Leaf(abc.ABC):
 
     @abc.abstractmethod
     def partition_specs(self, spec: PartitionSpec) -> Leaf:
-        """The leaf with a `PartitionSpec` in each array field, given the one of the array it stands for."""
+        """The leaf with a `PartitionSpec` in each array field, given the one of the array it stands
+        for."""
 
     def replace(self: _L, **changes: Any) -> _L:
         """A copy with some fields changed."""
@@ -138,7 +141,8 @@ def static_field(**kwargs: Any) -> Any:
 
 
 def is_leaf(value: Any) -> bool:
-    """Whether `value` is a leaf; the `is_leaf` of `jax.tree` functions that must not look inside."""
+    """Whether `value` is a leaf; the `is_leaf` of `jax.tree` functions that must not look
+    inside."""
     return isinstance(value, Leaf)
 
 

@@ -1,9 +1,10 @@
 """`lift`: runs any JAX function on parameters that hold leaves.
 
-The function is traced to a jaxpr with every leaf shown as an array of its shape and dtype; the jaxpr is
-then evaluated. An equation none of whose operands is a leaf is bound unchanged, so custom derivatives,
-Pallas kernels and sharding pass through untouched. An equation that a leaf meets goes to the rule for
-its primitive in `RULES`; without a rule it raises. A leaf is never silently made dense.
+The function is traced to a jaxpr with every leaf shown as an array of its shape and dtype; the
+jaxpr is then evaluated. An equation none of whose operands is a leaf is bound unchanged, so custom
+derivatives, Pallas kernels and sharding pass through untouched. An equation that a leaf meets goes
+to the rule for its primitive in `RULES`; without a rule it raises. A leaf is never silently made
+dense.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 def lift(function: _F) -> _F:
     """The same function, with leaves allowed anywhere among its arguments.
 
-    The result has the signature of `function`, and composes with `jit`, `grad`, `vmap`, `checkpoint`,
-    `eval_shape` and meshes. Arrays among the arguments are traced; everything else (flags, strings,
-    None) reaches `function` as it is. Raises TypeError where a leaf meets an operation that it has no
-    rule for, naming the parameter, the operation and the line of the model.
+    The result has the signature of `function`, and composes with `jit`, `grad`, `vmap`,
+    `checkpoint`, `eval_shape` and meshes. Arrays among the arguments are traced; everything else
+    (flags, strings, None) reaches `function` as it is. Raises TypeError where a leaf meets an
+    operation that it has no rule for, naming the parameter, the operation and the line of the
+    model.
 
-    A `custom_vjp` or `custom_jvp` function of the model keeps its own derivative, except where it is
-    handed a leaf itself: then its body is evaluated and differentiated, for its rule speaks of arrays.
+    A `custom_vjp` or `custom_jvp` function of the model keeps its own derivative, except where it
+    is handed a leaf itself: then its body is evaluated and differentiated, for its rule speaks of
+    arrays.
     """
 
     @functools.wraps(function)
@@ -86,8 +89,8 @@ def _returned(value: Any) -> Any:
         return value
     if not value.layout.untouched:
         raise TypeError(
-            f"lift: the function returns {value.path}, a {type(value.leaf).__name__} leaf, transposed or "
-            "reshaped. Return the parameter as it is, or make it dense before the call."
+            f"lift: the function returns {value.path}, a {type(value.leaf).__name__} leaf, "
+            "transposed or reshaped. Return the parameter as it is, or make it dense first."
         )
     return value.leaf
 
@@ -115,9 +118,9 @@ def _no_rule(eqn: Any, operands: list[Any]) -> str:
         f"{v.path!r} (a {type(v.leaf).__name__} leaf of shape {v.leaf.shape})" for v in views
     )
     return (
-        f"lift: parameter {what} meets `{eqn.primitive.name}` at {jaxprs.source_line(eqn)}, and a leaf cannot "
-        "take part in that as it stands. Leave this parameter out of the method's targets or of "
-        "quantisation, or call `dense()` on it first."
+        f"lift: parameter {what} meets `{eqn.primitive.name}` at {jaxprs.source_line(eqn)}, and a "
+        "leaf cannot take part in that as it stands. Leave this parameter out of the method's "
+        "targets or of quantisation, or call `dense()` on it first."
     )
 
 
@@ -212,7 +215,8 @@ def _sliced(view: View, eqn: Any, cut: Callable[[jax.Array, int], jax.Array]) ->
 
 
 def _dot_general(eqn: Any, operands: list[Any]) -> list[Any] | None:
-    """`leaf.linear` or `leaf.linear_transposed`, whichever axes are contracted, with axes put in order round it."""
+    """`leaf.linear` or `leaf.linear_transposed`, whichever axes are contracted, with axes put in
+    order round it."""
     left, right = operands
     if isinstance(left, View) and isinstance(right, View):
         return None
@@ -240,7 +244,8 @@ def _dot_general(eqn: Any, operands: list[Any]) -> list[Any] | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-    """A product with a leaf, planned: which of its axes are contracted and which of its stack axes are batched."""
+    """A product with a leaf, planned: which of its axes are contracted and which of its stack axes
+    are batched."""
 
     view: View
     transposed: bool
@@ -266,7 +271,8 @@ class _Product:
         return cls(view, sorted(atoms) != sorted(inputs), atoms, positions)
 
     def run(self, x: Any, contract: Any, batch: Any, free: list[int], options: dict[str, Any]):
-        """The product, and a label for each of its axes: ("batch", i), ("x", i) or an atom of the leaf."""
+        """The product, and a label for each of its axes: ("batch", i), ("x", i) or an atom of the
+        leaf."""
         leaf, layout = self.view.leaf, self.view.layout
         sources = leaf.out_axes if self.transposed else leaf.in_axes
         targets = leaf.in_axes if self.transposed else leaf.out_axes
@@ -355,7 +361,8 @@ def _checkpoint(eqn: Any, operands: list[Any]) -> list[Any] | None:
 
 
 def _scan(eqn: Any, operands: list[Any]) -> list[Any] | None:
-    """Leaves among the constants are closed over; those among the slices lose their first stack axis."""
+    """Leaves among the constants are closed over; those among the slices lose their first stack
+    axis."""
     scan = jaxprs.scan_parts(eqn, operands)
     if any(isinstance(value, View) for value in scan.carry):
         return None

@@ -1,4 +1,5 @@
-"""Parameter trees: the names of their parameters, matching by pattern, trainable and frozen halves, counts."""
+"""Parameter trees: the names of their parameters, matching by pattern, trainable and frozen halves,
+counts."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def flatten_arrays(params: PyTree) -> dict[str, jax.Array]:
 
 
 def map_with_path(function: Callable[[str, Any], Any], params: PyTree) -> PyTree:
-    """The tree with `function(path, parameter)` in place of each parameter, a leaf being one parameter."""
+    """The tree with `function(path, parameter)` in place of each parameter, a leaf being one
+    parameter."""
     return jax.tree_util.tree_map_with_path(
         lambda path, value: function(path_name(path), value), params, is_leaf=is_leaf
     )
@@ -51,8 +53,8 @@ def matches(path: str, patterns: Patterns) -> bool:
 def select(paths: Iterable[str], patterns: Patterns, *, field: str) -> list[str]:
     """The paths that some pattern matches whole, in their order.
 
-    Raises ValueError where a pattern matches nothing, naming `field` and the nearest paths; also for
-    a pattern that is no regular expression.
+    Raises ValueError where a pattern matches nothing, naming `field` and the nearest paths; also
+    for a pattern that is no regular expression.
     """
     paths = list(paths)
     chosen: set[str] = set()
@@ -68,12 +70,13 @@ def select(paths: Iterable[str], patterns: Patterns, *, field: str) -> list[str]
 
 
 def partition(params: PyTree, trainable: Patterns = ()) -> tuple[PyTree, PyTree]:
-    """Splits params into a trainable and a frozen tree of the same structure, `None` where the other has the array.
+    """Splits params into a trainable and a frozen tree of the same structure, `None` where the
+    other has the array.
 
     Trainable are the fields that leaves declare so, and the plain arrays whose path some pattern of
-    `trainable` matches. `jax.grad` and optax see the first tree alone. Raises ValueError where nothing
-    is trainable, where a pattern matches nothing, and where one matches a parameter that cannot be
-    trained: a leaf (its own fields decide) or an array that is not floating-point.
+    `trainable` matches. `jax.grad` and optax see the first tree alone. Raises ValueError where
+    nothing is trainable, where a pattern matches nothing, and where one matches a parameter that
+    cannot be trained: a leaf (its own fields decide) or an array that is not floating-point.
     """
     parameters = flatten(params)
     plain = set(select(parameters, trainable, field="trainable"))
@@ -84,8 +87,8 @@ def partition(params: PyTree, trainable: Patterns = ()) -> tuple[PyTree, PyTree]
     frozen = map_with_path(lambda path, _: halves[path][1], params)
     if not jax.tree.leaves(train):
         raise ValueError(
-            "partition: nothing is trainable. Add a method (such as LoRA) to the parameters, or name "
-            "the arrays to train with `trainable`, such as '.*' for full fine-tuning."
+            "partition: nothing is trainable. Add a method (such as LoRA) to the parameters, or "
+            "name the arrays to train with `trainable`, such as '.*' for full fine-tuning."
         )
     return train, frozen
 
@@ -102,7 +105,7 @@ class Counts:
     """How many parameters a tree has and what they weigh."""
 
     trainable: int
-    total: int  # parameters the model computes with: a 4-bit kernel counts its weights, adapters count too
+    total: int  # a 4-bit kernel counts its weights, adapters count too
     bytes: int  # of all arrays as stored
 
     @property
@@ -140,7 +143,8 @@ def array_bytes(array: Any) -> int:
 
 
 def summary(params: PyTree, trainable: Patterns = ()) -> str:
-    """A table of every parameter: path, shape, dtype, kind, trainable count, bytes; totals below."""
+    """A table of every parameter: path, shape, dtype, kind, trainable count, bytes; totals
+    below."""
     plain = set(select(flatten(params), trainable, field="trainable"))
     rows = [("parameter", "shape", "dtype", "kind", "trainable", "bytes")]
     for path, value in flatten(params).items():
@@ -159,7 +163,8 @@ def summary(params: PyTree, trainable: Patterns = ()) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(_pad(c, w, i) for i, (c, w) in enumerate(zip(row, widths))) for row in rows]
     lines.append(
-        f"trainable {counts.trainable:,} of {counts.total:,} ({counts.share:.2%}), {counts.bytes:,} bytes"
+        f"trainable {counts.trainable:,} of {counts.total:,} ({counts.share:.2%}), "
+        f"{counts.bytes:,} bytes"
     )
     return "\n".join(lines)
 
@@ -178,7 +183,8 @@ def nearest(name: str, names: Iterable[str], limit: int = 5) -> list[str]:
 
 
 def with_fields(params: PyTree, fields: Mapping[str, Any]) -> PyTree:
-    """Params with whole parameters replaced by path. Raises ValueError for a path that is not there."""
+    """Params with whole parameters replaced by path. Raises ValueError for a path that is not
+    there."""
     missing = set(fields) - set(flatten(params))
     if missing:
         raise ValueError(f"No parameter named {sorted(missing)}.")
@@ -206,8 +212,9 @@ def _split(value: Any, trained: bool) -> tuple[Any, Any]:
 def _check_trainable(path: str, value: Any) -> None:
     if isinstance(value, Leaf):
         raise ValueError(
-            f"trainable: {path} is a {kind(value)} leaf, whose own fields decide what is trained. Leave it "
-            "out of `trainable`, or leave it out of quantisation and of the method's targets."
+            f"trainable: {path} is a {kind(value)} leaf, whose own fields decide what is "
+            "trained. Leave it out of `trainable`, or out of quantisation and of the method's "
+            "targets."
         )
     if not jax.numpy.issubdtype(value.dtype, jax.numpy.floating):
         raise ValueError(
@@ -219,8 +226,9 @@ def _nothing_matched(pattern: str, paths: list[str], field: str) -> str:
     words = re.sub(r"\.\*|[\\^$()|?+\[\]]", " ", pattern).replace(" ", "")
     near = nearest(words, paths) or paths[:5]
     return (
-        f"{field}: {pattern!r} matches none of the {len(paths)} parameters. A pattern is a regular "
-        f"expression over the whole '/'-joined path. Nearest: {', '.join(near) or '(the tree is empty)'}."
+        f"{field}: {pattern!r} matches none of the {len(paths)} parameters. A pattern is "
+        f"a regular expression over the whole '/'-joined path. Nearest: "
+        f"{', '.join(near) or '(the tree is empty)'}."
     )
 
 

@@ -220,7 +220,8 @@ def test_lift_composes_with_jit_vmap_eval_shape_and_checkpoint():
     def model(w, x):
         return jnp.tanh(x @ w)
 
-    expected = jnp.stack([model(dense(jax.tree.map(lambda f: f[i], kernels)), x) for i in range(2)])
+    members = [jax.tree.map(lambda f, i=i: f[i], kernels) for i in range(2)]
+    expected = jnp.stack([model(dense(member), x) for member in members])
     mapped = jax.jit(jax.vmap(jax.checkpoint(lift(model)), in_axes=(0, None)))
     chex.assert_trees_all_close(mapped(kernels, x), expected, rtol=2e-5)
     assert jax.eval_shape(lift(model), random_lora((4, 6)), x).shape == (2, 5, 6)
@@ -239,7 +240,8 @@ def test_one_trace_serves_every_call_of_one_shape():
 
 def test_lift_keeps_flags_defaults_and_the_structure_of_results():
     def model(params, x, *, train=False, scale=1.0, name="a"):
-        assert isinstance(train, bool) and name == "b"
+        assert isinstance(train, bool)
+        assert name == "b"
         return {
             "y": x @ params["kernel"] * scale,
             "train": jnp.asarray(train),
@@ -248,7 +250,8 @@ def test_lift_keeps_flags_defaults_and_the_structure_of_results():
 
     kernel = random_lora((4, 6))
     result = lift(model)({"kernel": kernel}, x, train=True, name="b")
-    assert result["train"] and set(result) == {"y", "train", "kernel"}
+    assert result["train"]
+    assert set(result) == {"y", "train", "kernel"}
     chex.assert_trees_all_equal(result["kernel"], kernel)
 
 

@@ -1,7 +1,8 @@
 """The LoRA leaf: a frozen kernel or embedding with a trainable low-rank update beside it.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models":
-`y = base(x) + scale * (dropout(x) @ a.T) @ b`, with `a` kept `[rank, in]` as Hugging Face PEFT keeps it.
+`y = base(x) + scale * (dropout(x) @ a.T) @ b`, with `a` kept `[rank, in]` as Hugging Face PEFT
+keeps it.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class LoRA(Leaf):
     """`base + scale * a.T @ b`.
 
     Seen as a matrix the base is `[in_size, out_size]`; `a` is `[*stack, r, in_size]`, `b`
-    `[*stack, r, out_size]`. Layers of one stack may differ in rank: the factors of a lower one end in
-    rows of zeros, whose gradients are exactly zero, and `rank` says how many rows are real.
+    `[*stack, r, out_size]`. Layers of one stack may differ in rank: the factors of a lower one end
+    in rows of zeros, whose gradients are exactly zero, and `rank` says how many rows are real.
     """
 
     base: Any  # [*stack, *core] array or leaf
@@ -69,7 +70,8 @@ class LoRA(Leaf):
         return y.reshape(*x.shape[:-1], -1)
 
     def linear_transposed(self, x: Array, *, precision=None, preferred_element_type=None) -> Array:
-        # x @ (base + s a.T b).T = base.T(x) + s (x @ b.T) @ a: the same map with a and b changed over
+        # x @ (base + s a.T b).T = base.T(x) + s (x @ b.T) @ a: the same map with a and b changed
+        # over
         options = (precision, preferred_element_type)
         rows = x.reshape(-1, x.shape[-1])
         y = base_product(options, matrix_of(self.base, self.in_axes), rows, transposed=True)
@@ -115,7 +117,8 @@ class LoRA(Leaf):
 
 
 def matrix_of(base: Any, in_axes: tuple[int, ...]) -> Any:
-    """A base without stack axes as something `base_product` multiplies with: a leaf, or a 2-D array."""
+    """A base without stack axes as something `base_product` multiplies with: a leaf, or a 2-D
+    array."""
     return base if isinstance(base, Leaf) else as_matrix(base, in_axes)
 
 
@@ -139,10 +142,11 @@ def take_rows(base: Any, in_axes: tuple[int, ...], ids: Array, mode: str | None)
 def factor_specs(
     spec: PartitionSpec, depth: int, ndim: int, in_axes: tuple[int, ...]
 ) -> tuple[Any, Any, Any]:
-    """Specs of `a` [*stack, r, in], `b` [*stack, r, out] and a [*stack] field, from the kernel's own.
+    """Specs of `a` [*stack, r, in], `b` [*stack, r, out] and a [*stack] field, from the kernel's
+    own.
 
-    Factors follow their base. Where several axes are folded into one, the outermost one's spec stands
-    for all if the others have none, which is the same placement.
+    Factors follow their base. Where several axes are folded into one, the outermost one's spec
+    stands for all if the others have none, which is the same placement.
     """
     full = (*spec, *(None,) * (ndim - len(spec)))
     stack, core = full[:depth], full[depth:]
@@ -161,7 +165,8 @@ def factor_specs(
 
 
 def drop(key: Array | None, rate: Array | None, x: Array) -> Array:
-    """Inverted dropout: zeroes a share `rate` of x and scales up the rest; x itself where there is no key."""
+    """Inverted dropout: zeroes a share `rate` of x and scales up the rest; x itself where there is
+    no key."""
     if key is None or rate is None:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
@@ -172,7 +177,8 @@ def drop(key: Array | None, rate: Array | None, x: Array) -> Array:
 def _linear(
     options: Options, base: Any, a: Array, b: Array, scale: Array, x: Array, key: Any, rate: Any
 ) -> Array:
-    """`base(x) + scale * (drop(x) @ a.T) @ b` for x [n, in]: one backward pass for base and update together."""
+    """`base(x) + scale * (drop(x) @ a.T) @ b` for x [n, in]: one backward pass for base and update
+    together."""
     return _linear_forward(options, base, a, b, scale, x, key, rate)[0]
 
 
@@ -186,11 +192,12 @@ def _linear_forward(
 
 
 def _linear_backward(options: Options, saved: Any, dy: Array):
-    """Keeps the large products as `g @ W.T` and `small.T @ large`, which XLA:CPU runs at full speed.
+    """Keeps the large products as `g @ W.T` and `small.T @ large`, which XLA:CPU runs at full
+    speed.
 
-    Only the small matrices are transposed, each behind a barrier, or XLA would fold the transpose into
-    the product and fall off its fast path. Gradients that nobody asks for (of a frozen base, of the
-    scale) are removed by the compiler.
+    Only the small matrices are transposed, each behind a barrier, or XLA would fold the transpose
+    into the product and fall off its fast path. Gradients that nobody asks for (of a frozen base,
+    of the scale) are removed by the compiler.
     """
     base, a, b, scale, x, hidden, key, rate = saved
     _, base_vjp = jax.vjp(lambda base, x: base_product(options, base, x), base, x)

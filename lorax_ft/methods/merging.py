@@ -1,0 +1,83 @@
+"""Merging: a tree of leaves as plain arrays, the way back, and how far a merged model drifts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax_ft import trees
+from lorax_ft.leaves import dense, is_leaf
+from lorax_ft.lift import lift
+from lorax_ft.methods.dora import DoRA
+from lorax_ft.methods.lora import set_dropout_key
+from lorax_ft.methods.lora_leaf import LoRA
+
+
+def merge(params: Any, dtype: Any = None) -> Any:
+    """The plain tree in which every leaf is the array that it stands for.
+
+    A quantised base is dequantised, and not quantised again: merging into four bits degrades the
+    output. `dtype` is that of the merged kernels, by default the one each leaf computes in.
+    """
+
+    def merged(_: str, value: Any) -> Any:
+        if not is_leaf(value):
+            return value
+        array = dense(value)
+        return array if dtype is None else array.astype(dtype)
+
+    return trees.map_with_path(merged, params)
+
+
+def unmerge(merged: Any, params: Any) -> Any:
+    """The adapters of `params` round bases such that they merge to `merged` again.
+
+    The bases are floats, also where those of `params` are quantised. Raises ValueError for DoRA,
+    whose merged columns no longer tell how long the unmerged ones were.
+    """
+    arrays = trees.flatten(merged)
+
+    def unmerged(path: str, value: Any) -> Any:
+        if isinstance(value, DoRA):
+            raise ValueError(
+                f"unmerge: {path} is a DoRA leaf, whose merge cannot be undone. Keep its base."
+            )
+        if not isinstance(value, LoRA):
+            return arrays[path]
+        update = value.replace(base=jnp.zeros(value.shape, value.dtype)).dense()
+        return value.replace(base=arrays[path] - update.astype(arrays[path].dtype))
+
+    return trees.map_with_path(unmerged, params)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drift:
+    """How far two outputs of shape [...] lie apart."""
+
+    largest: float  # of the absolute differences
+    mean: float
+    relative: float  # norm of the difference over norm of the unmerged output
+
+
+def drift(apply: Callable[..., Any], params: Any, merged: Any, *inputs: Any) -> Drift:
+    """What merging changed, measured on some inputs: the output of `params` beside that of
+    `merged`."""
+    before = lift(apply)(set_dropout_key(params, None), *inputs)
+    difference = jax.tree.leaves(
+        jax.tree.map(lambda a, b: _float(a) - _float(b), apply(merged, *inputs), before)
+    )
+    difference = jnp.concatenate([d.reshape(-1) for d in difference])
+    reference = jnp.concatenate([_float(b).reshape(-1) for b in jax.tree.leaves(before)])
+    return Drift(
+        largest=float(jnp.max(jnp.abs(difference))),
+        mean=float(jnp.mean(jnp.abs(difference))),
+        relative=float(jnp.linalg.norm(difference) / jnp.linalg.norm(reference)),
+    )
+
+
+def _float(x: Any) -> Any:
+    return jnp.asarray(x).astype(jnp.float32)

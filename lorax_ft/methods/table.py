@@ -1,0 +1,67 @@
+"""The table of methods, and their composition."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from lorax_ft.methods import lora, selection
+from lorax_ft.methods.targets import Uses
+from lorax_ft.quantization import QuantizationConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How a method rewrites parameters, and which of the model's own arrays it trains besides its
+    leaves."""
+
+    config: type
+    add: (
+        Callable[..., Any] | None
+    )  # (params, config, key, uses, quantization) -> params; None: adds nothing
+    trained: Callable[
+        [Any, Any, Uses], list[str]
+    ]  # (params, config, uses) -> paths of plain arrays
+
+
+METHODS = {
+    "lora": Method(lora.LoraConfig, lora.add_lora, lora.trained_beside),
+    "bitfit": Method(selection.BitFitConfig, None, selection.biases),
+    "head": Method(selection.HeadConfig, None, selection.head),
+    "full": Method(selection.FullConfig, None, selection.all_arrays),
+}
+
+
+def add_methods(
+    params: Any,
+    configs: Sequence[Any],
+    key: jax.Array,
+    uses: Uses = None,
+    quantization: QuantizationConfig | None = None,
+) -> tuple[Any, tuple[str, ...]]:
+    """Applies methods one after another, each with its own fold of the key.
+
+    Returns the params and the patterns of plain arrays to train, as `trees.partition` takes them.
+    Raises ValueError for a config that belongs to no method.
+    """
+    trained: dict[str, None] = {}
+    for number, config in enumerate(configs):
+        method = _method_of(config)
+        trained.update(dict.fromkeys(method.trained(params, config, uses)))
+        if method.add is not None:
+            params = method.add(params, config, jax.random.fold_in(key, number), uses, quantization)
+    return params, tuple(re.escape(path) for path in trained)
+
+
+def _method_of(config: Any) -> Method:
+    for method in METHODS.values():
+        if isinstance(config, method.config):
+            return method
+    known = ", ".join(f"{name} ({method.config.__name__})" for name, method in METHODS.items())
+    raise ValueError(
+        f"add_methods: {type(config).__name__} is the config of no method. Known: {known}."
+    )

@@ -1,0 +1,108 @@
+"""Which parameters a method works on: by regular expression, by module names, or all linear
+layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lorax_ft import trees
+from lorax_ft.inspection import Use
+
+ALL_LINEAR = "all-linear"
+Uses = Mapping[str, Use] | None
+Targets = str | tuple[str, ...]
+
+
+def find(params: Any, targets: Targets, exclude: Targets, uses: Uses, *, field: str) -> list[str]:
+    """Paths of the kernels and embeddings that `targets` names and `exclude` does not.
+
+    `"all-linear"` means every kernel that the model multiplies with, except its head, and needs
+    `uses` from `inspect`. Any other string is a regular expression over the whole path. A tuple
+    holds module names: `"query"` means every `.../query/kernel`. Raises ValueError where nothing is
+    left.
+    """
+    candidates = [path for path, value in trees.flatten(params).items() if len(value.shape) >= 2]
+    if targets == ALL_LINEAR:
+        chosen = _all_linear(candidates, uses, field)
+    else:
+        chosen = named(candidates, targets, field=field)
+    if exclude:
+        dropped = set(named(candidates, exclude, field=f"{field} (exclude)"))
+        chosen = [path for path in chosen if path not in dropped]
+    if not chosen:
+        raise ValueError(
+            f"{field}: {targets!r} without {exclude!r} leaves no parameter to work on."
+        )
+    return chosen
+
+
+def named(paths: Sequence[str], targets: Targets, *, field: str) -> list[str]:
+    """Paths that a regular expression matches, or whose module has one of the names in a tuple."""
+    if isinstance(targets, str):
+        return trees.select(paths, targets, field=field)
+    patterns = [rf"(.*/)?{re.escape(name)}(/(kernel|embedding|weight))?" for name in targets]
+    _check_names(paths, targets, patterns, field)
+    return trees.select(paths, patterns, field=field)
+
+
+def modules(paths: Iterable[str], names: Sequence[str], *, field: str) -> list[str]:
+    """Every parameter inside a module of one of these names: `"classifier"` means its kernel and
+    bias."""
+    paths = list(paths)
+    patterns = [rf"(.*/)?{re.escape(name)}(/.*)?" for name in names]
+    _check_names(paths, names, patterns, field)
+    return trees.select(paths, patterns, field=field) if patterns else []
+
+
+def layer_path(path: str, index: Sequence[int]) -> str:
+    """The name one layer of a stack has: `layers/mlp/up/kernel`, (3,) to
+    `layers_3/mlp/up/kernel`."""
+    number = "_".join(map(str, index))
+    if not number:
+        return path
+    head, separator, rest = re.sub(r"(^|/)layers(/)", r"\1layers@\2", path, count=1).partition("@")
+    return f"{head}_{number}{rest}" if separator else f"{path}_{number}"
+
+
+def layer_number(path: str) -> int | None:
+    """The layer that a per-layer path belongs to: 3 for `layers_3/...` or `blocks/3/...`."""
+    found = re.search(r"(?:^|/)[A-Za-z]+[_/](\d+)(?:/|$)", path)
+    return int(found.group(1)) if found else None
+
+
+def pattern_value(path: str, pattern: Mapping[str, Any], default: Any) -> Any:
+    """The entry whose key, a regular expression, matches the end of the module's path; else
+    `default`."""
+    module = path.rsplit("/", 1)[0]
+    for key, value in pattern.items():
+        if re.fullmatch(rf"(.*/)?({key})", module) or re.fullmatch(key, path):
+            return value
+    return default
+
+
+def _all_linear(candidates: list[str], uses: Uses, field: str) -> list[str]:
+    if uses is None:
+        raise ValueError(
+            f"{field}: 'all-linear' needs to know how the model uses its parameters. Pass "
+            "uses=inspect(apply, params, *inputs), or name the targets."
+        )
+    chosen = [
+        p for p in candidates if p in uses and uses[p].kind == "kernel" and not uses[p].is_head
+    ]
+    if not chosen:
+        raise ValueError(f"{field}: the model multiplies with none of its parameters but its head.")
+    return chosen
+
+
+def _check_names(
+    paths: Sequence[str], names: Sequence[str], patterns: list[str], field: str
+) -> None:
+    for name, pattern in zip(names, patterns):
+        if not any(re.fullmatch(pattern, path) for path in paths):
+            known = sorted({part for path in paths for part in path.split("/")[:-1]})
+            near = trees.nearest(name, known) or known
+            raise ValueError(
+                f"{field}: no module is named {name!r}. Nearest: {', '.join(near[:8])}."
+            )
