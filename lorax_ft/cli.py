@@ -1,0 +1,259 @@
+"""The program `lorax-ft`: train | eval | predict | merge | inspect.
+
+    lorax-ft train --config=configs/quickstart.py:qlora --config.lora.rank=16 --run_dir=runs/mine
+    lorax-ft eval --run_dir=runs/mine --split=validation
+    lorax-ft predict --run_dir=runs/mine "a text" "another text"
+    lorax-ft merge --run_dir=runs/mine --output=merged --dtype=bfloat16
+    lorax-ft inspect --config=configs/quickstart.py
+
+What is wrong with the input ends as one message and exit code 2; `--traceback` shows where it came
+from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+HELP = {"help", "--help", "-h"}
+# What the library raises where its input is at fault. RuntimeError: another run has the directory;
+# FloatingPointError: too many losses were not finite.
+BAD_INPUT = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, flags.Error)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line (by default the process's own) and returns its exit code."""
+    argv = list(sys.argv if argv is None else argv)
+    word, *rest = argv[1:] or [""]
+    if word in HELP:
+        print(_usage())
+        return 0
+    if word not in COMMANDS:
+        print(f"lorax-ft: there is no command {word!r}.\n{_usage()}", file=sys.stderr)
+        return 2
+    command = COMMANDS[word]
+    if HELP & set(rest):
+        print(f"{command.description}\n{_define_flags(command, argv).get_help()}")
+        return 0
+    try:
+        values = _define_flags(command, argv)
+        arguments = values([argv[0], *rest])[1:]
+        command.run(values, arguments)
+        return 0
+    except BAD_INPUT as error:
+        if any(re.fullmatch("--?traceback(=true)?", argument) for argument in rest):
+            raise
+        hint = "(--traceback shows where this comes from)"
+        print(f"lorax-ft {word}: {_message(error)}\n{hint}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """What a word of the program does, its flags, and its function of (flags, arguments)."""
+
+    description: str
+    define: Callable[[flags.FlagValues, list[str]], None]
+    run: Callable[[Any, list[str]], None]
+
+
+def train(values: Any, arguments: list[str]) -> None:
+    _no_arguments(arguments)
+    from lorax_ft import experiment
+
+    directory = values.run_dir or default_run_dir(
+        values["config"].config_filename, values["config"].override_values
+    )
+    experiment.train(_config(values), directory)
+
+
+def evaluate(values: Any, arguments: list[str]) -> None:
+    _no_arguments(arguments)
+    from lorax_ft import experiment
+
+    print(experiment.table(experiment.evaluate(values.run_dir, values.split)))
+
+
+def predict(values: Any, arguments: list[str]) -> None:
+    from lorax_ft import experiment
+
+    if values.file and arguments:
+        raise ValueError(f"predict: give texts or --file={values.file}, not both.")
+    if values.file:
+        arguments = pathlib.Path(values.file).read_text("utf-8").splitlines()
+    texts = arguments or [line.rstrip("\n") for line in sys.stdin]
+    for line in experiment.predict(values.run_dir, texts):
+        print(line)
+
+
+def merge(values: Any, arguments: list[str]) -> None:
+    _no_arguments(arguments)
+    from lorax_ft import experiment
+
+    print(experiment.merge(values.run_dir, values.output, dtype=values.dtype))
+
+
+def inspect(values: Any, arguments: list[str]) -> None:
+    _no_arguments(arguments)
+    from lorax_ft import experiment
+
+    print(experiment.describe(_config(values)))
+
+
+def default_run_dir(config_file: str, overrides: dict[str, Any]) -> str:
+    """`runs/` and a name made of the config and what was overridden: the same command resumes.
+
+    >>> default_run_dir("configs/quickstart.py:qlora", {"lora.rank": 16})
+    'runs/quickstart-qlora-lora.rank=16'
+    """
+    path, _, argument = config_file.partition(":")
+    parts = [pathlib.Path(path).stem, argument, *(f"{k}={v}" for k, v in overrides.items())]
+    name = re.sub(r"[^\w.=+-]+", "_", "-".join(part for part in parts if part))
+    if len(name) > 100:
+        name = f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"runs/{name}"
+
+
+def _config(values: Any) -> Any:
+    from lorax_ft import config
+
+    return config.parse(values.config, config.ExperimentConfig)
+
+
+def _define_flags(command: Command, argv: list[str]) -> flags.FlagValues:
+    values = flags.FlagValues()
+    flags.DEFINE_boolean("traceback", False, "show where an error came from", flag_values=values)
+    command.define(values, argv)
+    return values
+
+
+def _config_flag(values: flags.FlagValues, argv: list[str]) -> None:
+    from ml_collections import ConfigDict
+    from ml_collections.config_flags import config_flags
+
+    class Parser(config_flags.ConfigFileFlagParser):
+        """Gives a config the sections that overrides name and its file leaves at their defaults."""
+
+        def parse(self, path: str) -> Any:
+            config: Any = super().parse(path)
+            if config is None:
+                raise ValueError(f"{path}: get_config() returns nothing.")
+            config.unlock()  # raises where the file could not be read
+            for names in re.findall(r"^--?(?:no)?config\.([\w.]+)\.\w+", "\n".join(argv), re.M):
+                section = config
+                for name in names.split("."):
+                    if section.get(name) is None:
+                        section[name] = ConfigDict()
+                    section = section[name]
+            return config
+
+    # A config file states only what differs, so an override may name a key that it does not have.
+    # `config.parse` refuses those that are nowhere.
+    config_flags.DEFINE_config_file(
+        "config",
+        help_string="path of a config file, with an argument after a colon; --config.key=value "
+        "overrides a key of it",
+        flag_values=values,
+        lock_config=False,
+        accept_new_attributes=True,
+        sys_argv=argv,
+    )
+    values["config"].parser = Parser(name="config", lock_config=False)
+    _require(values, "config")
+
+
+def _run_dir_flag(values: flags.FlagValues, argv: list[str]) -> None:
+    flags.DEFINE_string("run_dir", None, "folder of a run", flag_values=values)
+    _require(values, "run_dir")
+
+
+def _train_flags(values: flags.FlagValues, argv: list[str]) -> None:
+    _config_flag(values, argv)
+    flags.DEFINE_string(
+        "run_dir",
+        None,
+        "folder of the run, which goes on where it stopped (default: runs/ and the config's name "
+        "with what was overridden)",
+        flag_values=values,
+    )
+
+
+def _evaluate_flags(values: flags.FlagValues, argv: list[str]) -> None:
+    _run_dir_flag(values, argv)
+    splits = ["train", "validation", "test"]
+    flags.DEFINE_enum("split", "test", splits, "part of the data", flag_values=values)
+
+
+def _predict_flags(values: flags.FlagValues, argv: list[str]) -> None:
+    _run_dir_flag(values, argv)
+    flags.DEFINE_string("file", None, "file with one text a line", flag_values=values)
+
+
+def _merge_flags(values: flags.FlagValues, argv: list[str]) -> None:
+    _run_dir_flag(values, argv)
+    flags.DEFINE_string("output", None, "folder to write, which must not exist", flag_values=values)
+    dtypes = ["float32", "bfloat16", "float16"]
+    flags.DEFINE_enum("dtype", "float32", dtypes, "of the merged weights", flag_values=values)
+    _require(values, "output")
+
+
+COMMANDS = {
+    "train": Command(
+        description="Trains what a config says; the same command goes on with a stopped run.",
+        define=_train_flags,
+        run=train,
+    ),
+    "eval": Command(
+        description="Evaluates a finished run on a part of its data.",
+        define=_evaluate_flags,
+        run=evaluate,
+    ),
+    "predict": Command(
+        description="Labels or continues texts: arguments, lines of --file, or lines of stdin.",
+        define=_predict_flags,
+        run=predict,
+    ),
+    "merge": Command(
+        description="Writes a run's model, adapters merged, as a Hugging Face directory.",
+        define=_merge_flags,
+        run=merge,
+    ),
+    "inspect": Command(
+        description="Shows a config's parameters: how each is used, held and trained.",
+        define=_config_flag,
+        run=inspect,
+    ),
+}
+
+
+def _require(values: flags.FlagValues, name: str) -> None:
+    flags.register_validator(
+        name, lambda value: value is not None, f"--{name} is needed", flag_values=values
+    )
+
+
+def _no_arguments(arguments: list[str]) -> None:
+    if arguments:
+        raise ValueError(f"unexpected argument {arguments[0]!r}; flags are given as --name=value.")
+
+
+def _usage() -> str:
+    usage = "usage: lorax-ft COMMAND --flag=value ...; lorax-ft COMMAND --help shows its flags"
+    return "\n".join([usage, *(f"  {name:8} {c.description}" for name, c in COMMANDS.items())])
+
+
+def _message(error: BaseException) -> str:
+    """An error's message, without the traceback that ml_collections puts in front of it."""
+    message = str(error)
+    if "Error whilst parsing config file" in message:
+        message = message.strip().splitlines()[-1]
+    return message or type(error).__name__
