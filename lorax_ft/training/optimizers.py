@@ -1,0 +1,272 @@
+"""Optimizers: one config to an optax transformation, with schedules, clipping, decay and LoRA+."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lorax_ft import trees
+from lorax_ft.leaves import is_leaf
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Which optimizer, its learning rate over time, and what is done to the gradient."""
+
+    name: str = "adamw"  # adamw, sgd, adafactor or lion
+    learning_rate: float = 1e-3  # at the schedule's peak
+    schedule: str = (
+        "linear"  # constant, linear or cosine; the last two fall to zero at the last step
+    )
+    warmup_steps: int | None = None  # steps that the rate takes to rise from zero to its peak ...
+    warmup_fraction: float | None = None  # ... or the same as a fraction of all steps, rounded up
+    weight_decay: float = 0.0  # decoupled: learning rate × decay × parameter, for every optimizer
+    no_decay: tuple[str, ...] = ()  # regexes over whole array paths, such as r".*/(bias|scale)"
+    clip_norm: float | None = 1.0  # largest global norm of the gradient
+    b1: float = 0.9  # adamw, lion; sgd: momentum, 0 for none
+    b2: float = 0.999  # adamw, lion (Lion's paper wants 0.99)
+    eps: float = 1e-8  # adamw
+    lora_plus_ratio: float | None = None  # LoRA's B learns this many times faster than A
+
+    def __post_init__(self):
+        _check_choice("name", self.name, _SCALINGS)
+        _check_choice("schedule", self.schedule, _SHAPES)
+        for field in ("learning_rate", "weight_decay"):
+            _check(getattr(self, field) >= 0, field, getattr(self, field), "at least 0")
+        for field in ("clip_norm", "lora_plus_ratio"):
+            value = getattr(self, field)
+            _check(value is None or value > 0, field, value, "above 0, or None for none")
+        for field in ("b1", "b2"):
+            _check(0 <= getattr(self, field) < 1, field, getattr(self, field), "in [0, 1)")
+        _check(self.eps > 0, "eps", self.eps, "above 0")
+        steps, fraction = self.warmup_steps, self.warmup_fraction
+        _check(steps is None or steps >= 0, "warmup_steps", steps, "at least 0")
+        _check(fraction is None or 0 <= fraction < 1, "warmup_fraction", fraction, "in [0, 1)")
+        if steps is not None and fraction is not None:
+            raise ValueError(
+                f"OptimizerConfig has both warmup_steps={steps} and warmup_fraction={fraction}: "
+                "give one."
+            )
+
+
+class LearningRateState(NamedTuple):
+    """What the last transformation of an optimizer remembers."""
+
+    count: jax.Array  # updates made so far
+    peak: jax.Array  # a state, not a constant, so that a sweep can vary it without a new program
+    learning_rate: jax.Array  # of the last update
+
+
+def build_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """The optax transformation of a config, for a run of `total_steps` updates.
+
+    In order: clipping by global norm, the optimizer's own scaling, weight decay, LoRA+'s ratio, the
+    learning rate. Its `init` raises ValueError where a pattern of `no_decay` matches nothing, and
+    where `lora_plus_ratio` is set but the parameters hold no LoRA leaf.
+
+    >>> tx = build_optimizer(OptimizerConfig(name="sgd", learning_rate=0.5, b1=0.0), total_steps=2)
+    >>> params = {"kernel": jnp.array([1.0])}
+    >>> updates, state = tx.update({"kernel": jnp.array([0.2])}, tx.init(params), params)
+    >>> f"{updates['kernel'][0]:.3f} {learning_rate(state):.2f}"
+    '-0.100 0.50'
+    """
+    parts = [_in_standard_promotion(_SCALINGS[config.name](config))]
+    if config.clip_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.weight_decay:
+        mask = _decayed(config.no_decay) if config.no_decay else None
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask=mask))
+    if config.lora_plus_ratio is not None:
+        parts.append(_scale_lora_b(config.lora_plus_ratio))
+    parts.append(_scale_by_learning_rate(config.learning_rate, schedule(config, total_steps)))
+    return optax.chain(*parts)
+
+
+def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """The learning rate's shape: number of updates made so far to a factor in [0, 1].
+
+    The same numbers as transformers' `get_linear_schedule_with_warmup` and its siblings: zero at
+    the first of the warm-up steps, and a fall that would reach zero at `total_steps`. Raises
+    ValueError where the warm-up leaves no step after it.
+    """
+    warmup = warmup_steps(config, total_steps)
+    after = _SHAPES[config.schedule](max(1, total_steps - warmup))
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), after], [warmup])
+
+
+def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
+    """How many steps the learning rate rises."""
+    if total_steps < 1:
+        raise ValueError(f"total_steps must be at least 1, got {total_steps}.")
+    steps = config.warmup_steps
+    if steps is None:
+        # Rounded first: 0.07 * 100 is a little above 7, and means 7.
+        steps = math.ceil(round(total_steps * (config.warmup_fraction or 0.0), 6))
+    if steps and steps >= total_steps:
+        raise ValueError(
+            f"OptimizerConfig: {steps} warm-up steps leave none of the run's {total_steps} at the "
+            "full "
+            "learning rate. Lower warmup_steps or warmup_fraction, or train longer."
+        )
+    return steps
+
+
+def learning_rate(state: PyTree) -> jax.Array | None:
+    """The rate of the last update in the state of an optimizer made here; None for another's."""
+    return optax.tree.get(state, "learning_rate", default=None)
+
+
+def trainable_labels(params: PyTree, trainable: trees.Patterns = ()) -> PyTree:
+    """The tree of params, "train" or "freeze" for each array, as `trees.partition` splits it."""
+    train, _ = trees.partition(params, trainable)
+    trained = set(trees.flatten_arrays(train))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "train" if trees.path_name(path) in trained else "freeze", params
+    )
+
+
+def trainable_only(
+    tx: optax.GradientTransformation, labels: PyTree
+) -> optax.GradientTransformation:
+    """An optimizer over the full tree that applies `tx` to the arrays labelled "train" alone.
+
+    For training loops that keep one tree of parameters; every other array gets a zero update and no
+    state. (`optax.masked` by itself would pass frozen arrays' raw gradients through.) Frozen
+    gradients are still computed: `trees.partition` saves that too. `labels` come from
+    `trainable_labels`. Raises ValueError where nothing is labelled "train".
+    """
+    if "train" not in jax.tree.leaves(labels):
+        raise ValueError(
+            'trainable_only: no array is labelled "train", so nothing would be trained.'
+        )
+    return optax.multi_transform({"train": tx, "freeze": optax.set_to_zero()}, labels)
+
+
+def _scale_by_learning_rate(peak: float, shape: optax.Schedule) -> optax.GradientTransformation:
+    """Multiplies updates by -peak × shape(count)."""
+
+    def init(params):
+        del params
+        return LearningRateState(
+            count=jnp.zeros((), jnp.int32),
+            peak=jnp.asarray(peak, jnp.float32),
+            learning_rate=jnp.zeros((), jnp.float32),
+        )
+
+    def update(updates, state, params=None):
+        del params
+        rate = state.peak * jnp.asarray(shape(state.count), jnp.float32)
+        updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates)
+        return updates, LearningRateState(state.count + 1, state.peak, rate)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _scale_lora_b(ratio: float) -> optax.GradientTransformation:
+    """LoRA+ (Hayou et al. 2024): updates of each leaf's `b` times `ratio`, decay included."""
+
+    def init(params):
+        if not any(_lora_b(*entry) for entry in _arrays_in_leaves(params)):
+            raise ValueError(
+                f"OptimizerConfig.lora_plus_ratio is {ratio}, but no trainable parameter is the B "
+                "factor "
+                "of a LoRA leaf. Add LoRA to the parameters, or set the ratio to None."
+            )
+        return optax.EmptyState()
+
+    def update(updates, state, params=None):
+        del params
+
+        def scale(parameter):
+            return jax.tree_util.tree_map_with_path(
+                lambda path, u: u * ratio if _lora_b(parameter, path) else u, parameter
+            )
+
+        return jax.tree.map(scale, updates, is_leaf=is_leaf), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _in_standard_promotion(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` where mixed dtypes may meet: optax is not written for JAX's strict promotion."""
+
+    def update(updates, state, params=None):
+        with jax.numpy_dtype_promotion("standard"):
+            return tx.update(updates, state, params)
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+def _arrays_in_leaves(params: PyTree) -> list[tuple[Any, tuple[Any, ...]]]:
+    """(parameter, path within it) of every array."""
+    parameters = jax.tree.leaves(params, is_leaf=is_leaf)
+    return [(p, path) for p in parameters for path, _ in jax.tree_util.tree_leaves_with_path(p)]
+
+
+def _lora_b(parameter: Any, path: tuple[Any, ...]) -> bool:
+    """Whether a path within a parameter leads to a leaf's B; a plain array named `b` is none."""
+    return is_leaf(parameter) and trees.path_name(path[-1:]) == "b"
+
+
+def _decayed(excluded: tuple[str, ...]):
+    """The mask of `add_decayed_weights`: every array but those whose path matches."""
+
+    def mask(params):
+        spared = set(
+            trees.select(trees.flatten_arrays(params), excluded, field="OptimizerConfig.no_decay")
+        )
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: trees.path_name(path) not in spared, params
+        )
+
+    return mask
+
+
+def _scale_by_sgd(config: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.trace(decay=config.b1) if config.b1 else optax.identity()
+
+
+def _scale_by_adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adafactor with the learning rate of the schedule, as transformers' Trainer has it.
+
+    Updates relative to the parameters' size would hardly move LoRA's B, which starts at zero.
+    """
+    del config
+    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+
+
+_SCALINGS = {
+    "adamw": lambda c: optax.scale_by_adam(b1=c.b1, b2=c.b2, eps=c.eps),
+    "sgd": _scale_by_sgd,
+    "adafactor": _scale_by_adafactor,
+    "lion": lambda c: optax.scale_by_lion(b1=c.b1, b2=c.b2),
+}
+
+_SHAPES = {
+    "constant": lambda steps: optax.constant_schedule(1.0),
+    "linear": lambda steps: optax.linear_schedule(1.0, 0.0, steps),
+    "cosine": lambda steps: optax.cosine_decay_schedule(1.0, steps),
+}
+
+
+def _check(holds: bool, field: str, value: Any, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"OptimizerConfig.{field} must be {expected}, got {value!r}.")
+
+
+def _check_choice(field: str, value: str, choices: dict[str, Any]) -> None:
+    if value not in choices:
+        near = trees.nearest(str(value), choices, limit=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"OptimizerConfig.{field} is {value!r}, expected one of {sorted(choices)}.{hint}"
+        )
