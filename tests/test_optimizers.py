@@ -246,5 +246,5 @@ def test_a_warm_up_longer_than_the_run_is_an_error():
 def test_a_no_decay_pattern_that_matches_nothing_is_an_error():
     tx = build_optimizer(OptimizerConfig(weight_decay=0.1, no_decay=(".*/biass",)), total_steps=2)
 
-    with pytest.raises(ValueError, match="no_decay: '.*/biass' matches none"):
+    with pytest.raises(ValueError, match=r"no_decay: '.*/biass' matches none"):
         tx.init({"dense": {"bias": jnp.ones(2)}})

@@ -1,0 +1,76 @@
+"""Arithmetic of a step, counted in its jaxpr, and the peaks of known devices.
+
+XLA's own cost analysis counts the body of a loop once, so it would miss all but one of the scanned
+layers; here a scan counts as often as it runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+# Dense bfloat16 FLOP/s of one device as `Device.device_kind` names it; from the makers' data
+# sheets.
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA RTX A6000": 155e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+def peak_flops(device: Any) -> float | None:
+    """The device's peak, or None where it is not known, as for every CPU."""
+    return PEAK_FLOPS.get(device.device_kind)
+
+
+def count_flops(jaxpr: Any) -> float:
+    """FLOPs of the matrix products and convolutions of a jaxpr, one multiply-add being two.
+
+    Everything that is computed counts, also what `remat` computes again. A `while` counts once and
+    a `cond` as its dearest branch; kernels written in Pallas count nothing.
+
+    >>> import jax
+    >>> x, w = jax.numpy.ones((8, 4)), jax.numpy.ones((4, 2))
+    >>> count_flops(jax.jit(lambda x, w: x @ w).trace(x, w).jaxpr)
+    128.0
+    """
+    return float(sum(_flops(equation) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns))
+
+
+def _flops(equation: Any) -> float:
+    name = equation.primitive.name
+    if name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        return 2.0 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval
+        features = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+        return 2.0 * equation.outvars[0].aval.size * kernel.size / features
+    if name == "pallas_call":
+        return 0.0
+    inner = [count_flops(jaxpr) for jaxpr in _inner(equation.params)]
+    if name == "cond":
+        return max(inner)
+    return equation.params["length"] * sum(inner) if name == "scan" else sum(inner)
+
+
+def _inner(params: dict[str, Any]) -> Iterator[Any]:
+    """The jaxprs among an equation's parameters."""
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(getattr(item, "jaxpr", item), "eqns"):
+                yield item
