@@ -1,4 +1,4 @@
-"""The step: only the trainable half moves, parts equal the whole, and bad numbers change nothing."""
+"""The step: only the trainable half moves, parts equal the whole, bad numbers change nothing."""
 
 import chex
 import jax

@@ -1,0 +1,217 @@
+"""Sharding: a mesh of data, fsdp and tensor axes, and rules that say how each parameter lies on it.
+
+Nothing but the placement of arrays changes: the step is the same program on one device and on many,
+and XLA puts the communication in. `data` splits the batch; `fsdp` splits the batch and the
+parameters; `tensor` splits the arithmetic of each layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lorax_ft import trees
+from lorax_ft.leaves import Leaf
+
+PyTree = Any
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))  # how the first axis of a batch lies on the mesh
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh's axes; one of them may be -1, meaning all devices that are left."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for axis, size in sizes.items():
+            if size < 1 and size != -1:
+                raise ValueError(
+                    f"MeshConfig.{axis} must be at least 1, or -1 for the rest, got {size}."
+                )
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError(f"MeshConfig: only one axis may be -1 (the rest), got {sizes}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How the parameters whose whole path matches `pattern` lie on the mesh.
+
+    `spec` names the mesh axis of each of the parameter's last axes; axes in front of them, such as
+    stacked layers, are not split. Where the mesh does not divide an axis, `uneven` decides:
+    "raise", or "replicate" that axis.
+    """
+
+    pattern: str
+    spec: PartitionSpec
+    uneven: str = "raise"
+
+    def __post_init__(self):
+        if self.uneven not in ("raise", "replicate"):
+            raise ValueError(f'Rule.uneven must be "raise" or "replicate", got {self.uneven!r}.')
+
+
+# Kernels [in, out]: column-parallel into a sublayer and row-parallel out of it (Shoeybi et al.
+# 2019, "Megatron-LM"), so that a layer needs one sum over `tensor` for each of its two sublayers. A
+# kernel that the mesh does not divide raises, since copies of it on every device are not what was
+# asked for; vocabularies and numbers of classes are whatever they are, so those axes are replicated
+# then.
+RULES: tuple[Rule, ...] = (
+    Rule(pattern=r".*/(query|key|value|up|gate)/kernel", spec=PartitionSpec("fsdp", "tensor")),
+    Rule(pattern=r".*/(output|down)/kernel", spec=PartitionSpec("tensor", "fsdp")),
+    Rule(pattern=r"(.*/)?word/embedding", spec=PartitionSpec("tensor", "fsdp"), uneven="replicate"),
+    Rule(pattern=r"(.*/)?embedding", spec=PartitionSpec(None, "fsdp"), uneven="replicate"),
+    Rule(
+        pattern=r"(.*/)?lm_head(/.*)?/kernel",
+        spec=PartitionSpec("fsdp", "tensor"),
+        uneven="replicate",
+    ),
+    Rule(
+        pattern=r"(.*/)?(pooler|classifier|score|transform|dense)/kernel",
+        spec=PartitionSpec("fsdp", None),
+        uneven="replicate",
+    ),
+    Rule(pattern=r"(.*/)?(bias|scale)", spec=PartitionSpec()),
+)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh `(data, fsdp, tensor)` over the devices, by default all of every process.
+
+    One process may use fewer devices than there are: the first ones. Raises ValueError where there
+    are too few, where -1 does not come out even, and where several processes would leave devices
+    idle.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = dataclasses.asdict(config)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if -1 in sizes.values():
+        if len(devices) % fixed:
+            raise ValueError(f"{config} does not divide the {len(devices)} devices evenly.")
+        sizes = {a: len(devices) // fixed if size == -1 else size for a, size in sizes.items()}
+    wanted = math.prod(sizes.values())
+    if wanted > len(devices) or (jax.process_count() > 1 and wanted != len(devices)):
+        raise ValueError(
+            f"{config} wants {wanted} devices, but there are {len(devices)}. Change an axis, or "
+            "set one to "
+            "-1 for all that are left."
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:wanted]
+    )
+
+
+def shardings(params: PyTree, mesh: Mesh, rules: Sequence[Rule] = RULES) -> PyTree:
+    """The `NamedSharding` of every array of params, which may be arrays or `ShapeDtypeStruct`s.
+
+    The first rule that matches a parameter's path holds. The fields of a leaf lie as the array that
+    it stands for, so adapters and quantisation constants follow their kernel; a field that is too
+    small to be split evenly is replicated along that axis. Raises ValueError naming a parameter
+    that no rule covers, and one that its rule forbids to be uneven.
+
+    >>> params = {"layers": {"up": {"kernel": jax.numpy.ones((2, 8, 16))}}}
+    >>> found = shardings(params, make_mesh(MeshConfig()))["layers"]["up"]["kernel"]
+    >>> found.spec == PartitionSpec(None, "fsdp", "tensor")
+    True
+    """
+
+    def place(path: str, parameter: Any) -> Any:
+        spec = _spec(path, parameter.shape, mesh, rules)
+        if not isinstance(parameter, Leaf):
+            return NamedSharding(mesh, spec)
+        specs = parameter.partition_specs(spec)
+        return jax.tree.map(
+            lambda s, array: NamedSharding(mesh, _even(s, array.shape, mesh)),
+            specs,
+            parameter,
+            is_leaf=lambda x: isinstance(x, PartitionSpec),
+        )
+
+    return trees.map_with_path(place, params)
+
+
+def shard(params: PyTree, mesh: Mesh, rules: Sequence[Rule] = RULES) -> PyTree:
+    """Params placed on the mesh by `shardings`. Every process must hold the same whole params."""
+    return jax.device_put(params, shardings(params, mesh, rules))
+
+
+def shardings_of(tree: PyTree) -> PyTree:
+    """How the arrays of a tree lie, as the `out_shardings` of a step that keeps them so."""
+    return jax.tree.map(lambda array: array.sharding, tree)
+
+
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Arrays that are not on the mesh yet, copied whole to each of its devices."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def place(array: Any) -> jax.Array:
+        here = getattr(array, "sharding", None)
+        placed = isinstance(here, NamedSharding) and here.mesh == mesh
+        return array if placed else jax.device_put(array, everywhere)
+
+    return jax.tree.map(place, tree)
+
+
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch on the mesh, its first axis split over `data` and `fsdp`.
+
+    Each process gives its own rows; the global batch is all of them. Raises ValueError where the
+    rows do not divide.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    sharding = NamedSharding(mesh, BATCH)
+    for name, array in batch.items():
+        rows = array.shape[0] * jax.process_count()
+        if rows % parts:
+            raise ValueError(
+                f"A batch of {rows} rows ({name}) cannot be split over data × fsdp = {parts} "
+                "devices. "
+                f"Choose a batch size that is a multiple of {parts}."
+            )
+    return {
+        name: jax.make_array_from_process_local_data(sharding, np.asarray(array))
+        for name, array in batch.items()
+    }
+
+
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[Rule]) -> PartitionSpec:
+    """The spec of one parameter, as long as its shape."""
+    rule = next((rule for rule in rules if trees.matches(path, rule.pattern)), None)
+    if rule is None:
+        raise ValueError(
+            f"No sharding rule covers {path} {list(shape)}. Put a Rule(pattern=..., spec=...) for "
+            "it in "
+            f"front of the {len(rules)} there are; PartitionSpec() replicates."
+        )
+    if len(rule.spec) > len(shape):
+        raise ValueError(f"{path} {list(shape)} has fewer axes than the spec of {rule}.")
+    spec = PartitionSpec(*(None,) * (len(shape) - len(rule.spec)), *rule.spec)
+    even = _even(spec, shape, mesh)
+    if even != spec and rule.uneven == "raise":
+        raise ValueError(
+            f"{path} {list(shape)} cannot be split by {rule.spec} over a mesh of "
+            f"{dict(mesh.shape)}: an axis "
+            "does not divide. Choose another mesh, or put a Rule with uneven='replicate' in front."
+        )
+    return even
+
+
+def _even(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The spec without the axes that do not divide."""
+
+    def parts(names: Any) -> int:
+        names = (names,) if isinstance(names, str) else names or ()
+        return math.prod(mesh.shape[name] for name in names)
+
+    return PartitionSpec(*(n if size % parts(n) == 0 else None for n, size in zip(spec, shape)))
