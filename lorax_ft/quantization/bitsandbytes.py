@@ -1,0 +1,134 @@
+"""Four-bit leaves to and from the tensors of a bitsandbytes checkpoint, every bit kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_ft.quantization.codebooks import dynamic_map
+from lorax_ft.quantization.encoding import NESTED_BLOCK, is_blocked
+from lorax_ft.quantization.nf4 import FP4, NF4, FourBit
+
+LEAVES: dict[str, type[FourBit]] = {"nf4": NF4, "fp4": FP4}
+"""The leaf class of each `quant_type`."""
+
+
+def to_bitsandbytes(kernel: FourBit) -> dict[str, np.ndarray]:
+    """The state dict of a `Linear4bit` weight: `weight`, `weight.absmax` and so on.
+
+    The weight is torch's, `[out, in]`. Raises ValueError for a stack of kernels: convert its layers
+    one by one.
+    """
+    if kernel.stack_shape:
+        raise ValueError(
+            f"to_bitsandbytes: the leaf is a stack {list(kernel.stack_shape)} of kernels. Slice it "
+            "first: jax.tree.map(lambda field: field[i], leaf)."
+        )
+    name = _quant_type(kernel)
+    packed, absmax = np.asarray(kernel.packed), np.asarray(kernel.absmax)
+    if kernel.blocked:
+        blocks = packed.reshape(absmax.shape[0], -1, kernel.out_size)
+        codes = np.concatenate([blocks >> 4, blocks & 15], axis=1).reshape(-1, kernel.out_size).T
+        packed = (codes[:, ::2] << 4) | codes[:, 1::2]
+        absmax = absmax.T
+    state: dict[str, Any] = {
+        "quant_type": name,
+        "blocksize": kernel.block_size,
+        "dtype": str(kernel.dtype),
+        "shape": [kernel.out_size, kernel.in_size],
+    }
+    tensors = {
+        "weight": packed.reshape(-1, 1),
+        "weight.absmax": np.ascontiguousarray(absmax).reshape(-1),
+        "weight.quant_map": kernel.table,
+    }
+    if kernel.nested_absmax is not None and kernel.offset is not None:
+        tensors["weight.nested_absmax"] = np.asarray(kernel.nested_absmax)
+        tensors["weight.nested_quant_map"] = dynamic_map()
+        state |= {
+            "nested_blocksize": NESTED_BLOCK,
+            "nested_dtype": "float32",
+            "nested_offset": float(kernel.offset),
+        }
+    tensors[f"weight.quant_state.bitsandbytes__{name}"] = np.frombuffer(
+        json.dumps(state).encode(), np.uint8
+    )
+    return tensors
+
+
+def from_bitsandbytes(
+    tensors: Mapping[str, np.ndarray],
+    *,
+    kernel_shape: tuple[int, ...] | None = None,
+    in_axes: tuple[int, ...] = (-2,),
+    dtype: Any = None,
+) -> FourBit:
+    """The leaf, of numpy arrays, of one `Linear4bit` weight; keys as `to_bitsandbytes` names them.
+
+    By default the kernel is `[in, out]`; give `kernel_shape` and `in_axes` for another arrangement
+    of it, and `dtype` for another than the one that was quantised. Raises ValueError where a part
+    is missing or of another scheme.
+    """
+    state = _state(tensors)
+    leaf_type: Any = LEAVES[state["quant_type"]]
+    out_size, in_size = state["shape"]
+    block_size = state["blocksize"]
+    _check_map("quant_map", tensors["weight.quant_map"], leaf_type.table)
+    packed = (
+        np.ascontiguousarray(tensors["weight"]).reshape(-1).view(np.uint8)
+    )  # may be stored as bfloat16
+    absmax = np.asarray(tensors["weight.absmax"])
+    if is_blocked(in_size, block_size):
+        neighbours = packed.reshape(out_size, -1)
+        codes = np.stack([neighbours >> 4, neighbours & 15], axis=-1).reshape(out_size, in_size).T
+        halves = codes.reshape(-1, 2, block_size // 2, out_size)
+        packed = ((halves[:, 0] << 4) | halves[:, 1]).reshape(-1, out_size)
+        absmax = np.ascontiguousarray(absmax.reshape(out_size, -1).T)
+    nested_absmax, offset = _nested(tensors, state)
+    return leaf_type(
+        packed=packed,
+        absmax=absmax,
+        nested_absmax=nested_absmax,
+        offset=offset,
+        block_size=block_size,
+        kernel_shape=kernel_shape or (in_size, out_size),
+        kernel_in_axes=tuple(in_axes),
+        shown_dtype=jnp.dtype(dtype or state["dtype"]),
+    )
+
+
+def _quant_type(kernel: FourBit) -> str:
+    return next(name for name, leaf_type in LEAVES.items() if isinstance(kernel, leaf_type))
+
+
+def _state(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    prefix = "weight.quant_state.bitsandbytes__"
+    names = [key for key in tensors if key.startswith(prefix)]
+    if len(names) != 1 or names[0].removeprefix(prefix) not in LEAVES:
+        raise ValueError(
+            f"from_bitsandbytes: expected one tensor named {prefix}nf4 or {prefix}fp4, "
+            f"got {sorted(tensors)}."
+        )
+    return json.loads(np.asarray(tensors[names[0]]).tobytes())
+
+
+def _nested(tensors: Mapping[str, np.ndarray], state: dict[str, Any]) -> tuple[Any, Any]:
+    """(nested_absmax, offset), or two None without double quantisation."""
+    if "weight.nested_absmax" not in tensors:
+        return None, None
+    if state["nested_blocksize"] != NESTED_BLOCK:
+        raise ValueError(
+            f"from_bitsandbytes: nested_blocksize is {state['nested_blocksize']}, "
+            f"expected {NESTED_BLOCK}."
+        )
+    _check_map("nested_quant_map", tensors["weight.nested_quant_map"], dynamic_map())
+    return np.asarray(tensors["weight.nested_absmax"]), np.float32(state["nested_offset"])
+
+
+def _check_map(name: str, found: np.ndarray, expected: np.ndarray) -> None:
+    if not np.allclose(found, expected, rtol=1e-6, atol=0):
+        raise ValueError(f"from_bitsandbytes: weight.{name} is not bitsandbytes' own table.")

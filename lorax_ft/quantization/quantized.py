@@ -1,0 +1,151 @@
+"""What quantised leaves have in common: a frozen kernel that is dequantised inside each product.
+
+The product has its own backward pass, which dequantises again: between forward and backward nothing
+is kept but the packed arrays, and the input only where a float field of the leaf is differentiated.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
+
+from lorax_ft.leaves import Array, Leaf, from_matrix, leaf, static_field
+from lorax_ft.trees import combine
+
+
+@leaf
+class Quantized(Leaf):
+    """A kernel in few bits; a subclass adds its array fields and how they become a matrix."""
+
+    kernel_shape: tuple[int, ...] = static_field()  # the core's; not known from packed fields
+    kernel_in_axes: tuple[int, ...] = static_field()
+    shown_dtype: Any = static_field()
+
+    @abc.abstractmethod
+    def matrix(self) -> Array:
+        """The dequantised kernel as `[*stack, in_size, out_size]`, in `dtype`."""
+
+    @property
+    def core_shape(self) -> tuple[int, ...]:
+        return self.kernel_shape
+
+    @property
+    def in_axes(self) -> tuple[int, ...]:
+        return self.kernel_in_axes
+
+    @property
+    def dtype(self) -> Any:
+        return self.shown_dtype
+
+    def astype(self, dtype: Any) -> Self:
+        return self.replace(shown_dtype=jnp.dtype(dtype))
+
+    def linear(self, x: Array, *, precision=None, preferred_element_type=None) -> Array:
+        return _product(_Dot(False, precision, preferred_element_type, x.dtype), self, x)
+
+    def linear_transposed(self, x: Array, *, precision=None, preferred_element_type=None) -> Array:
+        return _product(_Dot(True, precision, preferred_element_type, x.dtype), self, x)
+
+    def take(self, ids: Array, *, mode: Any = None) -> Array:
+        mode = lax.GatherScatterMode.from_any(mode)
+        rows = self._rows(jnp.clip(ids, 0, self.in_size - 1))
+        if mode != lax.GatherScatterMode.FILL_OR_DROP:
+            return rows
+        known = (ids >= 0) & (ids < self.in_size)
+        return jnp.where(known[..., None], rows, jnp.array(jnp.nan, rows.dtype))
+
+    def _rows(self, ids: Array) -> Array:
+        """Rows of the matrix of a leaf without stack axes; `ids` are in range."""
+        return self.matrix()[ids]
+
+    def matrix_specs(self, spec: PartitionSpec) -> tuple[tuple[Any, ...], Any, Any]:
+        """Entries for (the stack axes, inputs, outputs) of the matrix, given the spec of the array.
+
+        Where several axes fold into one, the outermost one's entry holds if the others have none.
+        """
+        full = (*spec, *(None,) * (self.ndim - len(spec)))
+
+        def folded(axes: tuple[int, ...]) -> Any:
+            first, *others = (full[axis] for axis in axes)
+            return None if any(others) else first
+
+        return full[: len(self.stack_shape)], folded(self.in_axes), folded(self.out_axes)
+
+    def dense(self) -> Array:
+        restore = functools.partial(from_matrix, core_shape=self.core_shape, in_axes=self.in_axes)
+        for _ in self.stack_shape:
+            restore = jax.vmap(restore)
+        return restore(self.matrix())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dot:
+    """The static part of a product: `x @ matrix`, or `x @ matrix.T`."""
+
+    transposed: bool
+    precision: Any
+    preferred_element_type: Any
+    x_dtype: Any
+
+    def __call__(self, x: Array, matrix: Array) -> Array:
+        axes = ((x.ndim - 1,), (1 if self.transposed else 0,))
+        return lax.dot_general(
+            x,
+            matrix,
+            (axes, ((), ())),
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(dot: _Dot, kernel: Quantized, x: Array) -> Array:
+    return dot(x, _materialized(kernel.matrix()))
+
+
+def _forward(dot: _Dot, kernel: Any, x: Any) -> tuple[Array, tuple[Quantized, Array | None]]:
+    differentiated = any(field.perturbed for field in jax.tree.leaves(kernel))
+    kernel = jax.tree.map(lambda field: field.value, kernel)
+    return _product(dot, kernel, x.value), (kernel, x.value if differentiated else None)
+
+
+def _backward(dot: _Dot, residuals: tuple[Quantized, Array | None], grad: Any) -> tuple[Any, Any]:
+    """The cotangents of the kernel, None for its integers and where nobody asks, and of x."""
+    kernel, x = residuals
+    if isinstance(grad, SymbolicZero):
+        return None, None
+    floats, integers = _split(kernel)
+    matrix, pull = jax.vjp(lambda floats: combine(floats, integers).matrix(), floats)
+    matrix = _materialized(matrix)
+    size = matrix.shape[1 if dot.transposed else 0]
+    x_shape = jax.ShapeDtypeStruct((*grad.shape[:-1], size), dot.x_dtype)
+    (grad_x,) = jax.linear_transpose(lambda x: dot(x, matrix), x_shape)(grad)
+    if x is None:
+        return None, grad_x
+    (grad_matrix,) = jax.linear_transpose(lambda matrix: dot(x, matrix), matrix)(grad)
+    (grad_kernel,) = pull(grad_matrix)
+    return grad_kernel, grad_x
+
+
+_product.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _split(kernel: Quantized) -> tuple[Quantized, Quantized]:
+    """The float fields of a leaf and its integer ones, None in the other's place."""
+    is_float = jax.tree.map(lambda field: jnp.issubdtype(field.dtype, jnp.floating), kernel)
+    floats = jax.tree.map(lambda wanted, field: field if wanted else None, is_float, kernel)
+    integers = jax.tree.map(lambda wanted, field: None if wanted else field, is_float, kernel)
+    return floats, integers
+
+
+def _materialized(matrix: Array) -> Array:
+    """Keeps XLA:CPU from fusing dequantisation into the product, off the product's fast path."""
+    return lax.optimization_barrier(matrix)
