@@ -1,0 +1,52 @@
+"""Training: objectives, optimizers, sharding, the step, checkpoints and the loop."""
+
+from lorax_ft.training.checkpoints import Identity, Snapshot, Store, open_store
+from lorax_ft.training.loop import Batches, FitResult, Progress, TrainConfig, fit
+from lorax_ft.training.objectives import OBJECTIVES, Objective
+from lorax_ft.training.optimizers import (
+    OptimizerConfig,
+    build_optimizer,
+    trainable_labels,
+    trainable_only,
+)
+from lorax_ft.training.sharding import (
+    RULES,
+    MeshConfig,
+    Rule,
+    make_mesh,
+    replicate,
+    shard,
+    shard_batch,
+    shardings,
+    shardings_of,
+)
+from lorax_ft.training.step import make_eval_step, make_train_step
+
+__all__ = [
+    "OBJECTIVES",
+    "RULES",
+    "Batches",
+    "FitResult",
+    "Identity",
+    "MeshConfig",
+    "Objective",
+    "OptimizerConfig",
+    "Progress",
+    "Rule",
+    "Snapshot",
+    "Store",
+    "TrainConfig",
+    "build_optimizer",
+    "fit",
+    "make_eval_step",
+    "make_mesh",
+    "make_train_step",
+    "open_store",
+    "replicate",
+    "shard",
+    "shard_batch",
+    "shardings",
+    "shardings_of",
+    "trainable_labels",
+    "trainable_only",
+]

@@ -1,0 +1,122 @@
+"""The meter of a training loop: averages, speeds, and the count of steps that were not finite."""
+
+from __future__ import annotations
+
+import collections
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lorax_ft.training import flops
+
+# A step's metrics are read when this many later ones are under way: the device never waits for the
+# host, and the host is never far ahead of it.
+LAG = 2
+
+
+class Meter:
+    """Runs steps and measures them; `close` gives the numbers since the `close` before.
+
+    Speeds leave out steps that compiled, and whatever happens between a `close` and the next step.
+    """
+
+    def __init__(self, *, nonfinite: int = 0, peak_flops: float | None = None):
+        self.nonfinite = nonfinite
+        self.last_loss = math.nan
+        self._peak_flops = peak_flops  # of all devices together
+        self._flops_of: dict[Any, float] = {}  # by the shapes of the batch
+        self._unread: collections.deque[dict[str, jax.Array]] = collections.deque()
+        self._clear()
+
+    def run(
+        self, step: Callable[..., Any], arguments: tuple[Any, ...], batch: Mapping[str, Any]
+    ) -> tuple[Any, Any]:
+        """`step(*arguments)` without its metrics, which are taken in; `batch` is the host's."""
+        signature = tuple(sorted((name, array.shape) for name, array in batch.items()))
+        now = time.perf_counter()
+        self._started = self._started or now
+        if signature in self._flops_of:
+            train, opt_state, metrics = step(*arguments)
+            self._tokens += np.array(count_tokens(batch))
+            self._flops += self._flops_of[signature]
+        else:
+            self._flops_of[signature] = self._count_flops(step, arguments)
+            train, opt_state, metrics = jax.block_until_ready(step(*arguments))
+            self._untimed += time.perf_counter() - now
+        self._unread.append(metrics)
+        while len(self._unread) > LAG:
+            self._read()
+        return train, opt_state
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no step was run since the last `close`."""
+        return self._started is None
+
+    def close(self) -> dict[str, float | None]:
+        """Waits for the device and gives the numbers by name; None for what no step told."""
+        while self._unread:
+            self._read()
+        values = {
+            "loss": self._loss_sum / self._weight if self._weight else None,
+            "gradient_norm": self._last.get("gradient_norm"),
+            "learning_rate": self._last.get("learning_rate"),
+            "nonfinite": self.nonfinite,
+        }
+        seconds = self._seconds()
+        if self._tokens[1] and seconds > 0:
+            real, padded = self.tokens_per_second()
+            values |= {"tokens_per_second": real, "padded_tokens_per_second": padded}
+            if self._peak_flops and self._flops:
+                values["model_flops_utilisation"] = self._flops / seconds / self._peak_flops
+        self._clear()
+        return values
+
+    def tokens_per_second(self) -> tuple[float, float]:
+        """(real, padded) tokens a second since the last `close`, of all processes."""
+        seconds = self._seconds()
+        rates = self._tokens * jax.process_count() / seconds if seconds > 0 else self._tokens * 0.0
+        return float(rates[0]), float(rates[1])
+
+    def _count_flops(self, step: Any, arguments: tuple[Any, ...]) -> float:
+        # Tracing ahead costs nothing: the call that follows finds the trace.
+        return flops.count_flops(step.trace(*arguments).jaxpr) if self._peak_flops else 0.0
+
+    def _read(self) -> None:
+        metrics = jax.device_get(self._unread.popleft())
+        self._last = {name: float(value) for name, value in metrics.items()}
+        self.last_loss = self._last["loss"]
+        if self._last["finite"]:
+            self._loss_sum += self._last["loss"] * self._last["weight"]
+            self._weight += self._last["weight"]
+        else:
+            self.nonfinite += 1
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._started - self._untimed if self._started else 0.0
+
+    def _clear(self) -> None:
+        self._started: float | None = None
+        self._untimed = 0.0
+        self._loss_sum = self._weight = self._flops = 0.0
+        self._tokens = np.zeros(2)
+        self._last: dict[str, float] = {}
+
+
+def count_tokens(batch: Mapping[str, Any]) -> tuple[int, int]:
+    """(real, padded) tokens of a host's batch; rows of weight zero and masked places are padding.
+
+    A batch without `input_ids` counts its rows.
+    """
+    places = batch.get("input_ids")
+    if places is None:
+        rows = len(next(iter(batch.values())))
+        return rows, rows
+    real = np.asarray(batch.get("attention_mask", np.ones(places.shape, np.int32))) > 0
+    if "weights" in batch:
+        real = real & (np.asarray(batch["weights"]) > 0)[:, None]
+    return int(real.sum()), int(places.size)
