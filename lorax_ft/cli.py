@@ -78,28 +78,36 @@ def train(values: Any, arguments: list[str]) -> None:
 
 def evaluate(values: Any, arguments: list[str]) -> None:
     _no_arguments(arguments)
-    from lorax_ft import experiment
+    from lorax_ft import evaluation, finished
 
-    print(experiment.table(experiment.evaluate(values.run_dir, values.split)))
+    found = finished.evaluate(values.run_dir, values.split)
+    print(evaluation.metrics_table({values.split: found.metrics}))
+    if found.warning:
+        print(f"WARNING: {found.warning}", file=sys.stderr)
 
 
 def predict(values: Any, arguments: list[str]) -> None:
-    from lorax_ft import experiment
+    from lorax_ft import finished
 
     if values.file and arguments:
         raise ValueError(f"predict: give texts or --file={values.file}, not both.")
     if values.file:
         arguments = pathlib.Path(values.file).read_text("utf-8").splitlines()
     texts = arguments or [line.rstrip("\n") for line in sys.stdin]
-    for line in experiment.predict(values.run_dir, texts):
+    for line in finished.predict(values.run_dir, texts, new_tokens=values.new_tokens):
         print(line)
 
 
 def merge(values: Any, arguments: list[str]) -> None:
     _no_arguments(arguments)
-    from lorax_ft import experiment
+    from lorax_ft import finished
 
-    print(experiment.merge(values.run_dir, values.output, dtype=values.dtype))
+    drift = finished.merge(values.run_dir, values.output, dtype=values.dtype)
+    print(
+        f"{values.output} is written in {values.dtype}. Its logits differ from the unmerged "
+        f"model's by {drift.largest:.2e} at most, {drift.mean:.2e} on average, "
+        f"{drift.relative:.2e} of their norm."
+    )
 
 
 def inspect(values: Any, arguments: list[str]) -> None:
@@ -196,6 +204,9 @@ def _evaluate_flags(values: flags.FlagValues, argv: list[str]) -> None:
 def _predict_flags(values: flags.FlagValues, argv: list[str]) -> None:
     _run_dir_flag(values, argv)
     flags.DEFINE_string("file", None, "file with one text a line", flag_values=values)
+    flags.DEFINE_integer(
+        "new_tokens", 64, "of a language model's continuation", lower_bound=1, flag_values=values
+    )
 
 
 def _merge_flags(values: flags.FlagValues, argv: list[str]) -> None:

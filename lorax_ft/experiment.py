@@ -1,0 +1,240 @@
+"""An experiment: from a config to a trained model in a run directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from lorax_ft import methods, plots, prediction, reports, runs, training, trees
+from lorax_ft.adapted import Adapted, find_path, load_adapted, make_apply
+from lorax_ft.config import ExperimentConfig
+from lorax_ft.data import (
+    Dataset,
+    TextClassification,
+    Tokenizer,
+    TrainBatches,
+    check_fits,
+    evaluation_batches,
+    label_texts,
+    load_dataset,
+    load_tokenizer,
+    tfidf_baseline,
+)
+from lorax_ft.training import checkpoints, loop, records
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """All that a config stands for, ready to train."""
+
+    config: ExperimentConfig
+    tokenizer: Tokenizer
+    dataset: Dataset
+    adapted: Adapted
+    train: PyTree
+    frozen: PyTree
+    eval_step: Callable[..., Any]
+
+
+def prepare(config: ExperimentConfig) -> Experiment:
+    """Reads tokenizer, data and model, adds the methods, and parts what is trained from the rest.
+
+    Raises ValueError, TypeError or OSError, naming file, row, key or path, for what is wrong.
+    """
+    tokenizer = load_tokenizer(find_path(config.model.tokenizer or config.model.path))
+    dataset = load_dataset(config.data, tokenizer)
+    adapted = load_adapted(config, dataset.task, dataset.label_names)
+    limits = adapted.model.config
+    check_fits(dataset, vocabulary_size=limits.vocab_size, positions=limits.max_length)
+    train, frozen = trees.partition(adapted.params, adapted.trainable)
+    return Experiment(
+        config=config,
+        tokenizer=tokenizer,
+        dataset=dataset,
+        adapted=adapted,
+        train=train,
+        frozen=frozen,
+        eval_step=training.make_eval_step(
+            make_apply(adapted.model), training.OBJECTIVES[dataset.task]
+        ),
+    )
+
+
+def train(config: ExperimentConfig, run_dir: str | pathlib.Path) -> dict[str, Any]:
+    """Trains, evaluates and writes all that `runs` names; goes on where a stopped run was.
+
+    Prints what is trained and what came of it, and returns what results.json holds. A run that is
+    finished is not run again. One that SIGTERM ended has saved its state, and answers its step.
+    """
+    directory = runs.open_run(run_dir, config)
+    if results := runs.read_results(directory):
+        print(f"{directory} is finished; another --run_dir trains anew.")
+        print(reports.results_table(results))
+        return results
+    started = time.perf_counter()
+    experiment = prepare(config)
+    counts = trees.count(experiment.adapted.params, experiment.adapted.trainable)
+    names = _methods(config)
+    print(reports.overview(experiment.dataset, counts, model=config.model.path, methods=names))
+    baseline = _baseline(experiment) if config.baseline else None
+
+    result = _fit(experiment, directory)
+    step = result.progress.step
+    if result.outcome == "preempted":
+        print(f"Stopped after step {step} and saved; the same command goes on from there.")
+        return {"outcome": result.outcome, "step": step}
+
+    train = _best(experiment, directory, result) if config.train.best_metric else result.train
+    evaluations = {
+        part: evaluate_part(experiment, train, part)
+        for part in ("validation", "test")
+        if getattr(experiment.dataset, part)
+    }
+    _save(experiment, directory, train)
+    results = {
+        "outcome": result.outcome,
+        "step": step,
+        "metrics": {part: found.metrics for part, found in evaluations.items()},
+        "warnings": [found.warning for found in evaluations.values() if found.warning],
+        "baseline": baseline,
+        "parameters": dataclasses.asdict(counts),
+        "seconds": time.perf_counter() - started,
+        "peak_memory_bytes": reports.peak_memory(),
+    }
+    runs.write_results(directory, results)
+    print(f"{reports.results_table(results)}\nAll of it is in {directory}.")
+    return results
+
+
+def describe(config: ExperimentConfig) -> str:
+    """Tables of a config's parameters: how each is held and trained, and how the model uses it."""
+    adapted = prepare(config).adapted
+    return (
+        f"{trees.summary(adapted.params, adapted.trainable)}\n\n{reports.uses_table(adapted.uses)}"
+    )
+
+
+def evaluate_part(experiment: Experiment, train: PyTree, part: str) -> prediction.Evaluation:
+    """Metrics of a split; a model that predicts one class only is warned of on the spot."""
+    dataset, adapted = experiment.dataset, experiment.adapted
+    found = prediction.evaluate(
+        lambda batch: experiment.eval_step(train, experiment.frozen, batch),
+        evaluation_batches(
+            dataset.part(part), experiment.config.data.loader, pad_id=dataset.pad_id
+        ),
+        task=dataset.task,
+        label_names=dataset.label_names,
+        mesh=adapted.mesh,
+    )
+    if found.warning:
+        print(f"\nWARNING ({part}): {found.warning}", file=sys.stderr)
+    return found
+
+
+def _methods(config: ExperimentConfig) -> str:
+    """The methods of a config in a few words: `lora on nf4`."""
+    names = [name for name in methods.METHODS if getattr(config, name) is not None]
+    base = "" if config.quantization is None else f" on {config.quantization.kind}"
+    return " + ".join(names or ["trainable"]) + base
+
+
+def _fit(experiment: Experiment, directory: pathlib.Path) -> training.FitResult:
+    """Trains. The step takes the arrays of `experiment.train` over: they are gone after it."""
+    config, dataset, adapted = experiment.config, experiment.dataset, experiment.adapted
+    batches = TrainBatches(
+        dataset.train, config.data.loader, pad_id=dataset.pad_id, seed=config.seed
+    )
+    tx = training.build_optimizer(
+        config.optimizer, config.train.total_steps(batches.steps_per_epoch)
+    )
+    train, opt_state, shardings = experiment.train, tx.init(experiment.train), None
+    if adapted.mesh is not None:
+        opt_state = training.replicate(opt_state, adapted.mesh)
+        shardings = (training.shardings_of(train), training.shardings_of(opt_state))
+    step = training.make_train_step(
+        make_apply(adapted.model),
+        training.OBJECTIVES[dataset.task],
+        tx,
+        accumulation=config.train.accumulation,
+        out_shardings=shardings,
+    )
+    try:
+        return training.fit(
+            step,
+            train,
+            opt_state,
+            experiment.frozen,
+            batches,
+            jax.random.fold_in(jax.random.key(config.seed), 2),
+            config=config.train,
+            directory=directory,
+            identity=_identity(experiment),
+            steps_per_epoch=batches.steps_per_epoch,
+            evaluate=_validation(experiment),
+            mesh=adapted.mesh,
+        )
+    finally:
+        batches.close()
+
+
+def _validation(experiment: Experiment) -> loop.Evaluate | None:
+    """What the loop evaluates as it goes; None where nothing is held out for that."""
+    if not experiment.dataset.validation:
+        return None
+    return lambda train, step: evaluate_part(experiment, train, "validation").metrics
+
+
+def _identity(experiment: Experiment) -> training.Identity:
+    return training.Identity(
+        config=runs.config_text(experiment.config), base=experiment.adapted.base
+    )
+
+
+def _best(experiment: Experiment, directory: pathlib.Path, result: training.FitResult) -> PyTree:
+    """The trainable half as it was when `best_metric` was best."""
+    step = result.progress.best_step
+    if step is None or step == result.progress.step:
+        return result.train
+    identity = _identity(experiment)
+    with training.open_store(directory / "checkpoints", identity, read_only=True) as store:
+        snapshot = checkpoints.restore(store, result.train, step=step)
+    assert snapshot is not None  # a given step is read or raises
+    return snapshot.train
+
+
+def _save(experiment: Experiment, directory: pathlib.Path, train: PyTree) -> None:
+    """Writes the adapter and the picture of the run."""
+    dataset, adapted = experiment.dataset, experiment.adapted
+    record = runs.AdapterRecord(
+        config=experiment.config,
+        task=dataset.task,
+        label_names=dataset.label_names,
+        base=adapted.base,
+    )
+    runs.save_adapter(directory / runs.ADAPTER, train, record)
+    plots.plot_run(
+        records.read_records(directory),
+        directory / "loss.png",
+        title=f"{directory.name}: {_methods(experiment.config)}",
+        metric=experiment.config.train.best_metric or "accuracy",
+    )
+
+
+def _baseline(experiment: Experiment) -> float | None:
+    """Test accuracy of TF-IDF with logistic regression, for a classification of single texts."""
+    task, tables = experiment.config.data.task, experiment.dataset.tables
+    if not isinstance(task, TextClassification) or task.text_pair or "test" not in tables:
+        return None
+    texts = {
+        part: (tables[part].texts(task.text, field="task.text"), label_texts(tables[part], task))
+        for part in ("train", "test")
+    }
+    return tfidf_baseline(texts["train"], texts["test"])

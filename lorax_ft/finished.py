@@ -1,0 +1,151 @@
+"""Finished runs: restored, evaluated, asked about new texts, and merged."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax_ft import methods, prediction, runs, training, trees
+from lorax_ft.adapted import Adapted, find_path, load_adapted, make_apply
+from lorax_ft.data import (
+    Dataset,
+    TextClassification,
+    Tokenizer,
+    evaluation_batches,
+    load_dataset,
+    load_tokenizer,
+)
+from lorax_ft.models import hub
+from lorax_ft.training.step import inputs_of
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A trained model, and what its adapter says of it."""
+
+    adapted: Adapted
+    record: runs.AdapterRecord
+
+    def tokenizer(self) -> Tokenizer:
+        model = self.record.config.model
+        return load_tokenizer(find_path(model.tokenizer or model.path))
+
+
+def restore(run_dir: str | pathlib.Path) -> tuple[PyTree, Callable[..., Any]]:
+    """The trained parameters of a finished run and `apply(params, inputs) -> logits`.
+
+    `inputs` are `input_ids` `[batch, length]` and, for shorter texts, an `attention_mask`. Raises
+    ValueError where the base weights are not those that the run was trained on.
+    """
+    adapted = load_run(run_dir).adapted
+    return adapted.params, jax.jit(make_apply(adapted.model))
+
+
+def load_run(run_dir: str | pathlib.Path) -> Finished:
+    """The trained model of a finished run. Raises as `restore` does."""
+    directory = pathlib.Path(run_dir) / runs.ADAPTER
+    record = runs.read_record(directory)
+    adapted = load_adapted(record.config, record.task, record.label_names)
+    if adapted.base != record.base:
+        raise ValueError(
+            f"{directory} was trained on other base weights than {record.config.model.path} holds "
+            f"now (fingerprints {record.base[:12]} and {adapted.base[:12]}). Give that path the "
+            "weights it had."
+        )
+    train, frozen = trees.partition(adapted.params, adapted.trainable)
+    params = trees.combine(runs.load_adapter(directory, train), frozen)
+    return Finished(adapted=dataclasses.replace(adapted, params=params), record=record)
+
+
+def evaluate(run_dir: str | pathlib.Path, part: str) -> prediction.Evaluation:
+    """Metrics of a finished run on a split of its data, "train", "validation" or "test"."""
+    finished = load_run(run_dir)
+    adapted, task = finished.adapted, finished.record.task
+    dataset = _dataset(finished)
+    step = training.make_eval_step(make_apply(adapted.model), training.OBJECTIVES[task])
+    train, frozen = trees.partition(adapted.params, adapted.trainable)
+    return prediction.evaluate(
+        lambda batch: step(train, frozen, batch),
+        _batches(finished, dataset, part),
+        task=task,
+        label_names=finished.record.label_names,
+        mesh=adapted.mesh,
+    )
+
+
+def predict(
+    run_dir: str | pathlib.Path, texts: Sequence[str], *, new_tokens: int = 64
+) -> list[str]:
+    """A line for each text: its label and probability, or for a language model its continuation."""
+    finished = load_run(run_dir)
+    adapted, record = finished.adapted, finished.record
+    apply, task = make_apply(adapted.model), record.config.data.task
+    if isinstance(task, TextClassification):
+        found = prediction.classify(
+            apply,
+            adapted.params,
+            finished.tokenizer(),
+            texts,
+            task=task,
+            label_names=record.label_names,
+            loader=record.config.data.loader,
+        )
+        return [f"{label}\t{p:.4f}\t{text}" for (label, p), text in zip(found, texts)]
+    return [
+        prediction.continue_text(
+            apply,
+            adapted.params,
+            finished.tokenizer(),
+            text,
+            new_tokens=new_tokens,
+            max_length=adapted.model.config.max_length,
+        )
+        for text in texts
+    ]
+
+
+def merge(
+    run_dir: str | pathlib.Path, output: str | pathlib.Path, *, dtype: str = "float32"
+) -> methods.Drift:
+    """Writes a run's model as a Hugging Face directory, its adapters merged into the weights.
+
+    Quantised weights are dequantised first. Answers how far the merged model's logits, computed
+    with weights of `dtype`, are from the unmerged model's on a batch of the run's own data.
+    """
+    finished = load_run(run_dir)
+    adapted = finished.adapted
+    merged = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), methods.merge(adapted.params))
+    source = finished.record.config.model
+    hub.save(
+        output,
+        adapted.model,
+        merged,
+        tokenizer_files_from=hub.find_directory(find_path(source.tokenizer or source.path)),
+    )
+    dataset = _dataset(finished)
+    part = next(name for name in ("validation", "test", "train") if getattr(dataset, name))
+    _, batch = next(iter(_batches(finished, dataset, part)))
+    return methods.drift(adapted.model.apply, adapted.params, merged, inputs_of(batch))
+
+
+def _dataset(finished: Finished) -> Dataset:
+    """The run's data. Raises ValueError where its classes are not those it was trained on."""
+    dataset = load_dataset(finished.record.config.data, finished.tokenizer())
+    if dataset.label_names != finished.record.label_names:
+        raise ValueError(
+            f"The data now has the classes {', '.join(dataset.label_names)}; the run was trained "
+            f"on {', '.join(finished.record.label_names)}."
+        )
+    return dataset
+
+
+def _batches(finished: Finished, dataset: Dataset, part: str) -> Any:
+    loader = finished.record.config.data.loader
+    return evaluation_batches(dataset.part(part), loader, pad_id=dataset.pad_id)
