@@ -72,7 +72,8 @@ def bert_like_params():
     key = functools.partial(jax.random.fold_in, jax.random.key(0))
 
     def kernel(n, *shape):
-        return {"kernel": jax.random.normal(key(n), shape) / 4, "bias": jnp.zeros(shape[:-2] + shape[-1:])}  # fmt: skip
+        bias = jnp.zeros(shape[:-2] + shape[-1:])
+        return {"kernel": jax.random.normal(key(n), shape) / 4, "bias": bias}
 
     names = ("query", "key", "value", "output")
     return {
@@ -291,5 +292,5 @@ def test_a_batch_is_split_over_data_and_fsdp_and_keeps_its_rows():
 
 
 def test_a_batch_that_does_not_divide_is_an_error():
-    with pytest.raises(ValueError, match="batch of 6 rows .* 4 devices"):
+    with pytest.raises(ValueError, match=r"batch of 6 rows .* 4 devices"):
         shard_batch({"labels": np.zeros(6, np.int32)}, make_mesh(MESH))

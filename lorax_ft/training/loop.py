@@ -145,17 +145,17 @@ def fit(
         while True:
             n = progress.step
             stopped = stop_asked(n)
-            evaluates = not stopped and progress.evaluated != n
-            evaluates &= _is_due(config.eval_every, n, total, steps_per_epoch)
+            due = _is_due(config.eval_every, n, total, steps_per_epoch)
+            evaluates = evaluate if due and not stopped and progress.evaluated != n else None
             saves = stopped or _is_due(config.checkpoint_every, n, total, steps_per_epoch)
-            saves = (saves and n > saved) or (evaluates and config.best_metric is not None)
+            saves = (saves and n > saved) or bool(evaluates and config.best_metric)
 
             if (n % config.log_every == 0 or evaluates or saves) and not meter.is_empty:
                 write("train", n, meter.close())
                 progress = dataclasses.replace(progress, nonfinite=meter.nonfinite)
             _check_nonfinite(meter.nonfinite, n, config)
-            if evaluates and evaluate:
-                found = {name: float(value) for name, value in evaluate(train, n).items()}
+            if evaluates:
+                found = {name: float(value) for name, value in evaluates(train, n).items()}
                 write("eval", n, found)
                 _announce(bar, n, found)
                 progress = _with_evaluation(progress, found, config)
@@ -293,7 +293,7 @@ def _open_bar(total: int, step: int, config: TrainConfig):
 
 def _show(bar, meter: Meter) -> None:
     if not bar.disable:
-        speed = meter.tokens_per_second()[0]
+        speed = meter.tokens_per_second()
         bar.set_postfix_str(f"loss {meter.last_loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
     bar.update()
 

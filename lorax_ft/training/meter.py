@@ -38,7 +38,8 @@ class Meter:
         """`step(*arguments)` without its metrics, which are taken in; `batch` is the host's."""
         signature = tuple(sorted((name, array.shape) for name, array in batch.items()))
         now = time.perf_counter()
-        self._started = self._started or now
+        if self._started is None:
+            self._started = now
         if signature in self._flops_of:
             train, opt_state, metrics = step(*arguments)
             self._tokens += np.array(count_tokens(batch))
@@ -69,18 +70,17 @@ class Meter:
         }
         seconds = self._seconds()
         if self._tokens[1] and seconds > 0:
-            real, padded = self.tokens_per_second()
+            real, padded = (self._tokens * jax.process_count() / seconds).tolist()
             values |= {"tokens_per_second": real, "padded_tokens_per_second": padded}
             if self._peak_flops and self._flops:
                 values["model_flops_utilisation"] = self._flops / seconds / self._peak_flops
         self._clear()
         return values
 
-    def tokens_per_second(self) -> tuple[float, float]:
-        """(real, padded) tokens a second since the last `close`, of all processes."""
+    def tokens_per_second(self) -> float:
+        """Real tokens a second since the last `close`, of all processes; 0 if it is too early."""
         seconds = self._seconds()
-        rates = self._tokens * jax.process_count() / seconds if seconds > 0 else self._tokens * 0.0
-        return float(rates[0]), float(rates[1])
+        return float(self._tokens[0]) * jax.process_count() / seconds if seconds > 0 else 0.0
 
     def _count_flops(self, step: Any, arguments: tuple[Any, ...]) -> float:
         # Tracing ahead costs nothing: the call that follows finds the trace.
@@ -97,7 +97,9 @@ class Meter:
             self.nonfinite += 1
 
     def _seconds(self) -> float:
-        return time.perf_counter() - self._started - self._untimed if self._started else 0.0
+        if self._started is None:
+            return 0.0
+        return time.perf_counter() - self._started - self._untimed
 
     def _clear(self) -> None:
         self._started: float | None = None
