@@ -25,7 +25,10 @@ from absl import flags
 HELP = {"help", "--help", "-h"}
 # What the library raises where its input is at fault. RuntimeError: another run has the directory;
 # FloatingPointError: too many losses were not finite.
-BAD_INPUT = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, flags.Error)
+BAD_INPUT = (
+    *(ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError),
+    flags.Error,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

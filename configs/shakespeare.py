@@ -1,0 +1,34 @@
+"""A small LLaMA goes on with Shakespeare: causal language modelling over one text file.
+
+    lorax-ft train --config=configs/shakespeare.py:lora \
+        --config.model.path=stories260K/hf --config.data.source.train=input.txt
+    lorax-ft predict --run_dir=runs/shakespeare-lora "ROMEO:"
+
+The argument is the method: lora (all linear layers), qlora (the same on NF4) or full. The last
+tenth of the text is held out.
+"""
+
+from ml_collections import ConfigDict
+
+METHODS = {  # sections, learning rate
+    "lora": ({"lora": {"rank": 8}}, 5e-3),
+    "qlora": ({"lora": {"rank": 8}, "quantization": {"kind": "nf4"}}, 5e-3),
+    "full": ({"full": {}}, 1e-3),
+}
+
+
+def get_config(method: str = "lora") -> ConfigDict:
+    if method not in METHODS:
+        raise ValueError(f"shakespeare.py:{method} is not known, only {', '.join(METHODS)}")
+    sections, learning_rate = METHODS[method]
+    config = ConfigDict(sections)
+    config.model = {"path": "models/stories260K/hf"}
+    config.data = {
+        "source": {"train": "data/shakespeare/input.txt"},
+        "split": {"validation": 0.1},
+        "task": {"kind": "language_modelling", "length": 128},
+        "loader": {"batch_size": 32, "buckets": (128,)},
+    }
+    config.optimizer = {"learning_rate": learning_rate, "warmup_fraction": 0.03}
+    config.train = {"epochs": 1.0}
+    return config

