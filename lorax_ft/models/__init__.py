@@ -1,0 +1,28 @@
+"""Models in plain Linen, and their weights from and to Hugging Face directories."""
+
+from lorax_ft.models.attention import RotaryConfig
+from lorax_ft.models.bert import Bert, BertConfig, Encoded
+from lorax_ft.models.hub import fingerprint, load, save
+from lorax_ft.models.layers import ComputeConfig, stack_layers, unstack_layers
+from lorax_ft.models.llama import Llama, LlamaConfig
+from lorax_ft.models.model import Model, build, check_inputs, hugging_face_name, module_path
+
+__all__ = [
+    "Bert",
+    "BertConfig",
+    "ComputeConfig",
+    "Encoded",
+    "Llama",
+    "LlamaConfig",
+    "Model",
+    "RotaryConfig",
+    "build",
+    "check_inputs",
+    "fingerprint",
+    "hugging_face_name",
+    "load",
+    "module_path",
+    "save",
+    "stack_layers",
+    "unstack_layers",
+]

@@ -1,0 +1,160 @@
+"""Self-attention, for a whole sequence at a time, and rotary positions."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from lorax_ft.models.layers import ATTENTIONS, Array, ComputeConfig, Dense, drop
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RotaryConfig:
+    """Rotary positions (Su et al. 2021) and how they are stretched; names as in transformers."""
+
+    rope_type: str = "default"  # default, linear, dynamic or llama3
+    rope_theta: float = 10000.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int | None = None  # llama3 alone
+
+    def __post_init__(self):
+        if self.rope_type not in ROTARY_FREQUENCIES:
+            raise ValueError(
+                f"RotaryConfig.rope_type {self.rope_type!r} is not handled, only "
+                f"{', '.join(map(repr, ROTARY_FREQUENCIES))}."
+            )
+        if self.rope_type == "llama3":
+            if self.original_max_position_embeddings is None:
+                raise ValueError(
+                    "RotaryConfig.original_max_position_embeddings must be given for rope_type "
+                    "'llama3'."
+                )
+            if self.low_freq_factor >= self.high_freq_factor:
+                raise ValueError(
+                    f"RotaryConfig.low_freq_factor ({self.low_freq_factor}) must be less than "
+                    f"high_freq_factor ({self.high_freq_factor})."
+                )
+        if self.factor < 1:
+            raise ValueError(f"RotaryConfig.factor must be at least 1, got {self.factor}.")
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, with as many or fewer heads for keys and values as for queries."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    compute: ComputeConfig
+    use_bias: bool = True
+    is_causal: bool = False
+    dropout_rate: float = 0.0  # of the attention weights
+    stddev: float = 0.02
+
+    @nn.compact
+    def __call__(
+        self, x: Array, mask: Array | None, rotary: tuple[Array, Array] | None = None
+    ) -> Array:
+        """`[batch, length, d]` to the same; `mask` `[batch, 1, 1, length]`, True for seen keys."""
+
+        def heads(name: str, count: int) -> Array:
+            y = self._dense(count * self.head_dim, name)(x)
+            return y.reshape(*y.shape[:-1], count, self.head_dim)
+
+        query = heads("query", self.num_heads)
+        key = heads("key", self.num_kv_heads)
+        value = heads("value", self.num_kv_heads)
+        if rotary is not None:
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
+        y = self._attend(query, key, value, mask)
+        return self._dense(x.shape[-1], "output")(y.reshape(*y.shape[:-2], -1))
+
+    def _dense(self, features: int, name: str) -> Dense:
+        return Dense(features, self.compute, self.use_bias, self.stddev, name=name)
+
+    def _attend(self, query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+        if self.dropout_rate > 0 and self.has_rng("dropout"):
+            dropout_key = self.make_rng("dropout")
+            return attend_with_dropout(
+                query, key, value, mask, self.is_causal, self.dropout_rate, dropout_key
+            )
+        implementation = ATTENTIONS[self.compute.attention]
+        if mask is not None and implementation == "cudnn":  # which does not broadcast over queries
+            mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], mask.shape[-1]))
+        with jax.numpy_dtype_promotion("standard"):  # jax's own code mixes dtypes in bfloat16
+            return jax.nn.dot_product_attention(
+                query,
+                key,
+                value,
+                mask=mask,
+                is_causal=self.is_causal,
+                implementation=implementation,
+            )
+
+
+def attend_with_dropout(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+    is_causal: bool,
+    rate: float,
+    dropout_key: Array,
+) -> Array:
+    """`jax.nn.dot_product_attention`, which has no dropout, with dropout of the attention weights.
+
+    `query` is `[batch, length, heads, head_dim]`, `key` and `value` have fewer heads or as many.
+    """
+    batch, length, heads, head_dim = query.shape
+    grouped = query.reshape(batch, length, key.shape[2], -1, head_dim)
+    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32)
+    scores = scores / math.sqrt(head_dim)
+    lowest = jnp.finfo(jnp.float32).min
+    if is_causal:
+        scores = jnp.where(jnp.tri(length, dtype=bool)[None, None, None], scores, lowest)
+    if mask is not None:
+        scores = jnp.where(mask[:, :, None], scores, lowest)
+    weights = drop(jax.nn.softmax(scores, axis=-1), rate, dropout_key).astype(value.dtype)
+    return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(batch, length, heads, head_dim)
+
+
+# --- Rotary positions -----------------------------------------------------------------------------
+
+
+def rotary_angles(position_ids: Array, head_dim: int, config: RotaryConfig) -> tuple[Array, Array]:
+    """Float32 cosines and sines `[batch, length, 1, head_dim / 2]` by positions."""
+    frequencies = config.rope_theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    frequencies = ROTARY_FREQUENCIES[config.rope_type](frequencies, config).astype(np.float32)
+    angles = position_ids[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Array, cosines: Array, sines: Array) -> Array:
+    """Turns pairs (i, i + head_dim / 2) of `[batch, length, heads, head_dim]` by their angles."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = (first * cosines - second * sines, second * cosines + first * sines)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def _llama3(frequencies: np.ndarray, config: RotaryConfig) -> np.ndarray:
+    """Long waves are slowed by `factor`, short ones kept, those between interpolated."""
+    waves = config.original_max_position_embeddings * frequencies / (2 * math.pi)
+    low, high = config.low_freq_factor, config.high_freq_factor
+    kept = np.clip((waves - low) / (high - low), 0, 1)  # 1 for short waves, 0 for long ones
+    return frequencies * (kept + (1 - kept) / config.factor)
+
+
+# "dynamic" stretches only what is longer than max_position_embeddings, and such input is refused.
+ROTARY_FREQUENCIES: Mapping[str, Callable[[np.ndarray, RotaryConfig], np.ndarray]] = {
+    "default": lambda frequencies, config: frequencies,
+    "dynamic": lambda frequencies, config: frequencies,
+    "linear": lambda frequencies, config: frequencies / config.factor,
+    "llama3": _llama3,
+}

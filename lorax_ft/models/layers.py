@@ -1,0 +1,239 @@
+"""What the model families share: products, embeddings, norms, activations, dropout, depth.
+
+Parameters are plain arrays, and every kernel `[d_in, d_out]` or table `[vocabulary, d]` meets its
+activations in one `dot_general` or `take`, after at most a cast or a transpose: what a parameter
+stands for may then be replaced by anything that can do these two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+Array = jax.Array
+PyTree = Any
+
+# What the backward pass may keep of a layer instead of computing it again; None keeps everything.
+REMAT_POLICIES: Mapping[str, Callable[..., bool] | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.checkpoint_dots,
+    "dots_without_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
+
+ATTENTIONS: Mapping[str, str | None] = {"auto": None, "xla": "xla", "cudnn": "cudnn"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How a model is computed; what it computes does not depend on it, but for rounding."""
+
+    dtype: str = "float32"  # of activations and products; norms, softmax and logits are float32
+    param_dtype: str = "float32"
+    scan_layers: bool = True  # one compiled layer over stacked arrays, or each layer its own arrays
+    remat: str = "none"  # a key of REMAT_POLICIES
+    attention: str = "auto"  # a key of ATTENTIONS: jax.nn.dot_product_attention's implementation
+
+    def __post_init__(self):
+        for field in ("dtype", "param_dtype"):
+            name = getattr(self, field)
+            if name not in ("float32", "bfloat16", "float16"):
+                raise ValueError(
+                    f"ComputeConfig.{field} must be 'float32', 'bfloat16' or 'float16', "
+                    f"got {name!r}."
+                )
+        for field, table in (("remat", REMAT_POLICIES), ("attention", ATTENTIONS)):
+            if getattr(self, field) not in table:
+                raise ValueError(
+                    f"ComputeConfig.{field} must be one of {', '.join(map(repr, table))}, "
+                    f"got {getattr(self, field)!r}."
+                )
+
+
+# --- Products and embeddings ----------------------------------------------------------------------
+
+
+class Dense(nn.Module):
+    """`x @ kernel + bias`: `[..., d_in]` to `[..., features]`."""
+
+    features: int
+    compute: ComputeConfig
+    use_bias: bool = True
+    stddev: float = 0.02  # of the initial kernel
+    out_dtype: Any = None  # the compute dtype where None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        dtype, param_dtype = jnp.dtype(self.compute.dtype), jnp.dtype(self.compute.param_dtype)
+        kernel = self.param(
+            "kernel", nn.initializers.normal(self.stddev), (x.shape[-1], self.features), param_dtype
+        )
+        y = product(x.astype(dtype), kernel.astype(dtype), self.out_dtype or dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), param_dtype)
+            y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        return y
+
+
+class Embedding(nn.Module):
+    """A table of vectors, looked up by number or, as the head that is tied to it, multiplied by."""
+
+    size: int
+    features: int
+    compute: ComputeConfig
+    stddev: float = 0.02
+
+    def setup(self):
+        self.embedding = self.param(
+            "embedding",
+            nn.initializers.normal(self.stddev),
+            (self.size, self.features),
+            jnp.dtype(self.compute.param_dtype),
+        )
+
+    def __call__(self, ids: Array) -> Array:
+        """Ids `[...]` to vectors `[..., features]`; NaN where an id is beyond the table."""
+        return jnp.take(self.embedding, ids, axis=0).astype(self.compute.dtype)
+
+    def logits(self, x: Array) -> Array:
+        """Float32 products with every vector: `[..., features]` to `[..., size]`."""
+        table = self.embedding.astype(self.compute.dtype)
+        return product(x.astype(self.compute.dtype), table.T, jnp.float32)
+
+
+def product(x: Array, kernel: Array, dtype: Any) -> Array:
+    """`x @ kernel` in `dtype`: `[..., d_in]` by `[d_in, d_out]`.
+
+    Leading axes are flattened first: the kernel's gradient is then a plain matrix product, which
+    XLA:CPU computes half as fast again as one that contracts several axes.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y = jnp.dot(rows, kernel, preferred_element_type=None if dtype == x.dtype else dtype)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+# --- Norms, activations, dropout ------------------------------------------------------------------
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation, in float32 (Ba et al. 2016)."""
+
+    epsilon: float
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        param_dtype = jnp.dtype(self.compute.param_dtype)
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], param_dtype)
+        centred = x.astype(jnp.float32)
+        centred = centred - centred.mean(-1, keepdims=True)
+        y = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
+        return (y * _row(scale, y.ndim) + _row(bias, y.ndim)).astype(self.compute.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Normalisation by the root mean square, in float32 (Zhang & Sennrich 2019)."""
+
+    epsilon: float
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        param_dtype = jnp.dtype(self.compute.param_dtype)
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], param_dtype)
+        y = x.astype(jnp.float32)
+        y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        return (y * _row(scale, y.ndim)).astype(self.compute.dtype)
+
+
+def gelu(x: Array) -> Array:
+    """The exact GELU, by `erf`: `jax.nn.gelu` uses `erfc`, which XLA:CPU computes more slowly."""
+    return x * (0.5 + 0.5 * lax.erf(x * math.sqrt(0.5)))
+
+
+# By transformers' names.
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "gelu": gelu,
+    "gelu_new": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+def activate(x: Array, name: str) -> Array:
+    """The activation of that name, computed in float32."""
+    return ACTIVATIONS[name](x.astype(jnp.float32)).astype(x.dtype)
+
+
+def dropout(module: nn.Module, x: Array, rate: float) -> Array:
+    """Zeroes each number with probability `rate`, where `module` has a key named "dropout"."""
+    if rate == 0 or not module.has_rng("dropout"):
+        return x
+    return drop(x, rate, module.make_rng("dropout"))
+
+
+def drop(x: Array, rate: float, key: Array) -> Array:
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+def _row(vector: Array, ndim: int) -> Array:
+    return vector.astype(jnp.float32).reshape((1,) * (ndim - 1) + (-1,))
+
+
+# --- Depth ----------------------------------------------------------------------------------------
+
+
+def run_layers(
+    layer: type[nn.Module], config: Any, compute: ComputeConfig, x: Array, *inputs: Any
+) -> Array:
+    """Runs `config.num_hidden_layers` times `x, _ = layer(config, compute)(x, *inputs)`.
+
+    Call it inside a compact method. The parameters are stacked at `layers/...`, or each layer's own
+    at `layers_0/...`, `layers_1/...`, as `compute.scan_layers` says.
+    """
+    policy = REMAT_POLICIES[compute.remat]
+    if policy is not None:
+        layer = nn.remat(layer, policy=policy, prevent_cse=not compute.scan_layers)
+    if not compute.scan_layers:
+        for i in range(config.num_hidden_layers):
+            x, _ = layer(config, compute, name=f"layers_{i}")(x, *inputs)
+        return x
+    scanned = nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=config.num_hidden_layers,
+    )
+    x, _ = scanned(config, compute, name="layers")(x, *inputs)
+    return x
+
+
+def stack_layers(params: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """`layers_0`, `layers_1`, ... as one `layers`, stacked: what `scan_layers=True` reads."""
+    count = sum(name.startswith("layers_") for name in params)
+    layers = [params[f"layers_{i}"] for i in range(count)]
+    others = {name: value for name, value in params.items() if not name.startswith("layers_")}
+    return {**others, "layers": jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)}
+
+
+def unstack_layers(params: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """The inverse of `stack_layers`: what `scan_layers=False` reads."""
+    count = jax.tree.leaves(params["layers"])[0].shape[0]
+    layers = {
+        f"layers_{i}": jax.tree.map(lambda array, i=i: array[i], params["layers"])
+        for i in range(count)
+    }
+    return {**{name: value for name, value in params.items() if name != "layers"}, **layers}

