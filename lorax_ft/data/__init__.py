@@ -1,0 +1,49 @@
+"""Data: readers, splits, tokenizers, tasks, and batches of static shapes."""
+
+from lorax_ft.data.baseline import tfidf_baseline
+from lorax_ft.data.dataset import DataConfig, Dataset, check_fits, load_dataset
+from lorax_ft.data.loader import (
+    LoaderConfig,
+    TrainBatches,
+    evaluation_batches,
+    make_batch,
+    padding_share,
+    plan_epoch,
+)
+from lorax_ft.data.readers import SourceConfig, read
+from lorax_ft.data.splits import SplitConfig, read_splits
+from lorax_ft.data.table import Table
+from lorax_ft.data.tasks import (
+    LanguageModelling,
+    PromptCompletion,
+    TextClassification,
+    label_texts,
+    make_examples,
+)
+from lorax_ft.data.tokenization import Tokenizer, load_tokenizer
+
+__all__ = [
+    "DataConfig",
+    "Dataset",
+    "LanguageModelling",
+    "LoaderConfig",
+    "PromptCompletion",
+    "SourceConfig",
+    "SplitConfig",
+    "Table",
+    "TextClassification",
+    "Tokenizer",
+    "TrainBatches",
+    "check_fits",
+    "evaluation_batches",
+    "label_texts",
+    "load_dataset",
+    "load_tokenizer",
+    "make_batch",
+    "make_examples",
+    "padding_share",
+    "plan_epoch",
+    "read",
+    "read_splits",
+    "tfidf_baseline",
+]
