@@ -73,5 +73,14 @@ def _share(counts: trees.Counts) -> str:
     return f"{counts.trainable:,} of {counts.total:,} parameters ({counts.share:.2%})"
 
 
-def _bytes(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+def _bytes(count: float) -> str:
+    """A size in the unit that reads well.
+
+    >>> _bytes(512), _bytes(3.3 * 2**30)
+    ('512.0 B', '3.3 GiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.1f} {unit}"

@@ -1,0 +1,256 @@
+"""Experiments end to end on tiny models: what a run leaves behind, and that it comes back."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lorax_ft import adapted, experiment, finished, trees
+from lorax_ft.config import ExperimentConfig, parse
+from lorax_ft.models import BertConfig, LlamaConfig, build, hub
+
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "red",
+    "blue",
+    "green",
+    "apple",
+    "sky",
+    "grass",
+    "is",
+    "the",
+    "a",
+    "not",
+]
+LABELS = {"red": "warm", "blue": "cold", "green": "cold"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Tiny random models with their tokenizer, and data: the class of a text is its colour's."""
+    folder = tmp_path_factory.mktemp("experiment")
+    words = tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
+    )
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    sizes |= {"intermediate_size": 64, "vocab_size": len(WORDS), "max_position_embeddings": 32}
+    bert = build(BertConfig(**sizes), task="masked_lm")
+    llama = build(LlamaConfig(**sizes, num_key_value_heads=1), task="causal_lm")
+    for name, model in {"bert": bert, "llama": llama}.items():
+        tokenizer.save_pretrained(folder / f"{name}_tokenizer")
+        hub.save(
+            folder / name,
+            model,
+            model.init(jax.random.key(0)),
+            tokenizer_files_from=folder / f"{name}_tokenizer",
+        )
+    random = np.random.default_rng(0)
+    rows = [random.choice(WORDS[4:], 6).tolist() for _ in range(400)]
+    rows = [r for r in rows if len(colours := set(r) & set(LABELS)) == 1 or not r.append(colours)]
+    rows = [r for r in rows if all(isinstance(w, str) for w in r)]
+    lines = [f"{LABELS[(set(r) & set(LABELS)).pop()]},{' '.join(r)}" for r in rows]
+    (folder / "data.csv").write_text("label,text\n" + "\n".join(lines) + "\n")
+    (folder / "data.txt").write_text("\n".join("the sky is blue and" for _ in range(200)) + "\n")
+    return folder
+
+
+def classification(folder, **changes):
+    values = {
+        "model": {"path": str(folder / "bert")},
+        "data": {
+            "source": {"train": str(folder / "data.csv")},
+            "split": {"validation": 0.2, "test": 0.2},
+            "task": {"max_length": 8},
+            "loader": {"batch_size": 16, "buckets": (8,)},
+        },
+        "lora": {"rank": 4},
+        "optimizer": {"learning_rate": 1e-2},
+        "train": {
+            "steps": 40,
+            "eval_every": 20,
+            "checkpoint_every": 10,
+            "progress_bar": False,
+            "tensorboard": False,
+        },
+    }
+    return parse(values | changes, ExperimentConfig)
+
+
+def language_model(folder, **changes):
+    values = {
+        "model": {"path": str(folder / "llama")},
+        "data": {
+            "source": {"train": str(folder / "data.txt")},
+            "split": {"validation": 0.2},
+            "task": {"kind": "language_modelling", "length": 16},
+            "loader": {"batch_size": 8, "buckets": (16,)},
+        },
+        "lora": {"rank": 4},
+        "optimizer": {"learning_rate": 1e-2},
+        "train": {"steps": 30, "progress_bar": False, "tensorboard": False},
+    }
+    return parse(values | changes, ExperimentConfig)
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """A finished run on a classification, and its results."""
+    results = experiment.train(classification(folder, baseline=True), folder / "run")
+    return folder / "run", results
+
+
+def test_a_run_directory_holds_what_a_user_looks_for(trained):
+    directory, results = trained
+
+    assert {p.name for p in directory.iterdir()} == {
+        *("config.json", "metrics.jsonl", "checkpoints", "adapter", "loss.png", "results.json"),
+        "lock",
+    }
+    assert json.loads((directory / "results.json").read_text()) == results
+    assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert results["metrics"]["test"]["accuracy"] > 0.9
+    assert 0.5 < results["baseline"] <= 1.0
+    assert results["peak_memory_bytes"] > 0
+
+
+def test_a_finished_run_is_not_run_again(trained, folder, capsys):
+    directory, results = trained
+    before = (directory / "metrics.jsonl").stat().st_mtime_ns
+
+    assert experiment.train(classification(folder, baseline=True), directory) == results
+    assert (directory / "metrics.jsonl").stat().st_mtime_ns == before
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_another_config_in_the_same_directory_is_refused_by_key(trained, folder):
+    directory, _ = trained
+
+    with pytest.raises(ValueError, match=r"config\.lora\.rank: 4 there, 2 here"):
+        experiment.train(classification(folder, baseline=True, lora={"rank": 2}), directory)
+
+
+def test_a_run_that_broke_off_ends_in_the_same_bytes(trained, folder, tmp_path, monkeypatch):
+    config = classification(folder, baseline=True)
+
+    def broken(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "evaluate_part", broken)  # at step 20, with a checkpoint of 10
+        with pytest.raises(KeyboardInterrupt):
+            experiment.train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "results.json").exists()
+    results = experiment.train(config, tmp_path / "run")
+
+    file = "adapter/trainable.safetensors"
+    assert (tmp_path / "run" / file).read_bytes() == (trained[0] / file).read_bytes()
+    assert results["metrics"] == trained[1]["metrics"]
+
+
+def test_restore_gives_back_the_model_that_was_evaluated(trained):
+    directory, results = trained
+
+    params, apply = finished.restore(directory)
+
+    assert apply(params, {"input_ids": np.array([[7, 8, 4]], np.int32)}).shape == (1, 2)
+    assert finished.evaluate(directory, "test").metrics == results["metrics"]["test"]
+
+
+def test_predict_answers_in_the_order_of_the_texts(trained):
+    lines = finished.predict(trained[0], ["the apple is red", "a a a a a a sky is blue"])
+
+    assert [line.split("\t")[0] for line in lines] == ["warm", "cold"]
+
+
+def test_a_merged_model_is_the_trained_model(trained, tmp_path):
+    drift = finished.merge(trained[0], tmp_path / "merged")
+    model, params = hub.load(tmp_path / "merged")
+    trained_params, apply = finished.restore(trained[0])
+    inputs = {"input_ids": np.array([[7, 8, 4, 5]], np.int32)}
+
+    assert drift.largest < 1e-5
+    assert model.config.label_names == ("cold", "warm")
+    np.testing.assert_allclose(
+        model.apply(params, inputs), apply(trained_params, inputs), atol=1e-5
+    )
+
+
+def test_other_base_weights_are_refused(trained, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "fingerprint", lambda params: "another")
+
+    with pytest.raises(ValueError, match="trained on other base weights"):
+        finished.restore(trained[0])
+
+
+def test_a_damaged_adapter_is_refused(trained, tmp_path):
+    import shutil
+
+    shutil.copytree(trained[0], tmp_path / "run")
+    path = tmp_path / "run" / "adapter" / "trainable.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+    with pytest.raises(ValueError, match=r"trainable\.safetensors is damaged"):
+        finished.restore(tmp_path / "run")
+
+
+def test_an_unfinished_run_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="Is the run finished"):
+        finished.restore(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_run_trains_and_leaves_every_base_byte(folder, tmp_path, kind):
+    config = language_model(folder, quantization={"kind": kind})
+    before = trees.flatten_arrays(trees.partition(*_params(config))[1])
+
+    results = experiment.train(config, tmp_path / "run")
+    after = trees.flatten_arrays(trees.partition(*_finished_params(tmp_path / "run"))[1])
+
+    assert results["metrics"]["validation"]["accuracy"] > 0.9
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[path], after[path]) for path in before if "rank" not in path)
+    assert finished.predict(tmp_path / "run", ["the sky is"], new_tokens=1) == ["the sky is blue"]
+
+
+@pytest.mark.parametrize("initialization", ["pissa", "olora", "loftq"])
+def test_starts_that_need_float_weights_are_quantised_after(folder, initialization):
+    config = classification(
+        folder, quantization={}, lora={"rank": 2, "initialization": initialization}
+    )
+
+    parameters = trees.flatten(_params(config)[0])
+
+    kernels = [p for p in parameters if trees.matches(p, "layers/.*/kernel")]
+    assert kernels
+    assert {trees.kind(parameters[p]) for p in kernels} == {"LoRA(NF4)"}
+
+
+def test_a_classifier_trains_its_head_beside_any_method(folder):
+    found = experiment.prepare(classification(folder, lora=None, bitfit={})).adapted
+
+    assert any(trees.matches("classifier/kernel", p) for p in found.trainable)
+    assert not any(trees.matches("pooler/kernel", p) for p in found.trainable)
+
+
+def test_a_missing_package_is_named_with_its_remedy():
+    with pytest.raises(ValueError, match="pip install --no-deps not-there"):
+        adapted.find_path("package:not_there/model")
+
+
+def _params(config):
+    found = experiment.prepare(config).adapted
+    return found.params, found.trainable
+
+
+def _finished_params(directory):
+    found = finished.load_run(directory).adapted
+    return found.params, found.trainable
