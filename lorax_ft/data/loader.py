@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from lorax_ft.data.tasks import IGNORED, Example
@@ -225,25 +226,23 @@ class _Steps:
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, step: int) -> Batch:
-        epoch, number = divmod(step, self.per_epoch)
+    def __getitem__(self, index: int) -> Batch:
+        epoch, number = divmod(index, self.per_epoch)
         plan = self.plan(epoch)[number]
         return make_batch(self.examples, plan, rows=self.rows, pad_id=self.pad_id)
 
 
 def _share(batch_size: int, process_index: int | None, process_count: int | None) -> slice:
     """The rows of each batch that are this process's."""
-    if process_index is None or process_count is None:
-        import jax
-
-        process_index, process_count = jax.process_index(), jax.process_count()
-    if batch_size % process_count:
+    index = jax.process_index() if process_index is None else process_index
+    count = jax.process_count() if process_count is None else process_count
+    if batch_size % count:
         raise ValueError(
-            f"A batch of {batch_size} cannot be shared equally by {process_count} processes: make "
+            f"A batch of {batch_size} cannot be shared equally by {count} processes: make "
             "LoaderConfig.batch_size and eval_batch_size multiples of that."
         )
-    rows = batch_size // process_count
-    return slice(process_index * rows, (process_index + 1) * rows)
+    rows = batch_size // count
+    return slice(index * rows, (index + 1) * rows)
 
 
 def _lengths(examples: Sequence[Example]) -> np.ndarray:

@@ -176,7 +176,7 @@ def _classification(
     if len(names) < 2:
         raise ValueError(
             f"task.label = {task.label!r}: the training rows of {tables['train'].source} have the "
-            f"one label {names[0]!r}; a classification needs two or more."
+            f"one label {', '.join(names)!r}; a classification needs two or more."
         )
     parts, notes = {}, []
     for part, table in tables.items():
