@@ -78,7 +78,7 @@ RULES: tuple[Rule, ...] = (
         uneven="replicate",
     ),
     Rule(
-        pattern=r"(.*/)?(pooler|classifier|score|transform|dense)/kernel",
+        pattern=r"(.*/)?(pooler|classifier|score)/kernel",
         spec=PartitionSpec("fsdp", None),
         uneven="replicate",
     ),
@@ -143,7 +143,7 @@ def shardings(params: PyTree, mesh: Mesh, rules: Sequence[Rule] = RULES) -> PyTr
 
 def shard(params: PyTree, mesh: Mesh, rules: Sequence[Rule] = RULES) -> PyTree:
     """Params placed on the mesh by `shardings`. Every process must hold the same whole params."""
-    return jax.device_put(params, shardings(params, mesh, rules))
+    return jax.tree.map(_put, params, shardings(params, mesh, rules))
 
 
 def shardings_of(tree: PyTree) -> PyTree:
@@ -158,7 +158,7 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     def place(array: Any) -> jax.Array:
         here = getattr(array, "sharding", None)
         placed = isinstance(here, NamedSharding) and here.mesh == mesh
-        return array if placed else jax.device_put(array, everywhere)
+        return array if placed else _put(array, everywhere)
 
     return jax.tree.map(place, tree)
 
@@ -183,6 +183,17 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
         name: jax.make_array_from_process_local_data(sharding, np.asarray(array))
         for name, array in batch.items()
     }
+
+
+def _put(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """`jax.device_put`, also over several processes that each hold the whole array."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        data = _put(jax.random.key_data(array), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[Rule]) -> PartitionSpec:
