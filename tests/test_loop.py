@@ -455,6 +455,26 @@ def test_bad_fields_are_named_with_their_values(field, value):
         TrainConfig(**{field: value})
 
 
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"patience": 2}, "patience needs best_metric"),
+    ({"best_metric": "accuracy", "keep_best": 0}, "needs keep_best"),
+])  # fmt: skip
+def test_fields_that_contradict_each_other_are_errors(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**fields)
+
+
+def test_what_only_a_run_needs_is_imported_by_the_run():
+    code = (
+        "import sys, lorax_ft.training\n"
+        "print({'orbax', 'tensorboardX', 'tqdm', 'flax', 'grain'} & set(sys.modules))"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "set()"
+
+
 @pytest.mark.parametrize(("config", "steps"), [
     (TrainConfig(epochs=3), 30), (TrainConfig(epochs=0.25), 3), (TrainConfig(steps=7), 7),
     (TrainConfig(epochs=0.01), 1),

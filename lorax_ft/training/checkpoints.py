@@ -381,6 +381,5 @@ def _writing(store: Store) -> Iterator[None]:
         raise OSError(
             getattr(error, "errno", None) or errno.EIO,
             f"A checkpoint could not be written to {store.directory}: {error} {left} Free some "
-            "space or "
-            "mend the disk, then start the run again: it goes on from there.",
+            "space or mend the disk, then start the run again: it goes on from there.",
         ) from error

@@ -40,12 +40,8 @@ class TrainConfig:
     keep_best: int = 1  # ... and of those with the best `best_metric`
     best_metric: str | None = None  # a name that the evaluation returns
     best_mode: str = "max"  # whether more of it ("max") or less of it ("min") is better
-    patience: int | None = (
-        None  # evaluations without a better `best_metric` before the run stops early
-    )
-    max_nonfinite: int = (
-        10  # steps, in all, that may be skipped because loss or gradient was not finite
-    )
+    patience: int | None = None  # evaluations without a better `best_metric` that end the run
+    max_nonfinite: int = 10  # steps, in all, that may be skipped for a loss that is not finite
     peak_flops: float | None = None  # of one device, for its utilisation; None: known devices only
     progress_bar: bool = True
     tensorboard: bool = True
@@ -65,6 +61,8 @@ class TrainConfig:
         self._check("best_mode", self.best_mode in ("max", "min"), '"max" or "min"')
         if self.patience is not None and self.best_metric is None:
             raise ValueError("TrainConfig.patience needs best_metric: better by which number?")
+        if self.best_metric is not None and self.keep_best == 0:
+            raise ValueError("TrainConfig.best_metric needs keep_best of at least 1.")
 
     def _check(self, field: str, holds: bool, expected: str) -> None:
         if not holds:
