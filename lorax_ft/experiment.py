@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from lorax_ft import methods, plots, prediction, reports, runs, training, trees
+from lorax_ft import interop, methods, plots, prediction, reports, runs, training, trees
 from lorax_ft.adapted import Adapted, find_path, load_adapted, make_apply
 from lorax_ft.config import ExperimentConfig
 from lorax_ft.data import (
@@ -220,6 +220,16 @@ def _save(experiment: Experiment, directory: pathlib.Path, train: PyTree) -> Non
         base=adapted.base,
     )
     runs.save_adapter(directory / runs.ADAPTER, train, record)
+    if experiment.config.lora is not None:
+        interop.save_peft(
+            directory / runs.PEFT,
+            adapted.model,
+            trees.combine(train, experiment.frozen),
+            adapted.trainable,
+            base_name=experiment.config.model.path,
+            dropout=experiment.config.lora.dropout,
+            rslora=experiment.config.lora.rslora,
+        )
     plots.plot_run(
         records.read_records(directory),
         directory / "loss.png",

@@ -4,6 +4,7 @@ config.json      the whole config, as the run was started
 metrics.jsonl    losses, speeds and evaluations by step; also in tensorboard/
 checkpoints/     to go on from
 adapter/         what was trained, and all that `restore` needs besides the base weights
+peft/            a LoRA adapter once more, as a directory that Hugging Face PEFT reads
 loss.png         the picture of metrics.jsonl
 results.json     the last thing written: a run that has it is finished
 """
@@ -25,6 +26,7 @@ from lorax_ft.config import ExperimentConfig, flat, parse, to_dict
 from lorax_ft.models.tensor_files import new_directory, read_json
 
 PyTree = Any
+PEFT = "peft"
 ADAPTER, RECORD, TENSORS = "adapter", "adapter.json", "trainable.safetensors"
 FORMAT = 1  # of an adapter; raised when an older reader would misread a newer one
 
