@@ -67,7 +67,7 @@ def encode_flat(
 
 
 def compress_absmax(absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.float32]:
-    """(uint8 codes, nested absmax, offset) of a flat absmax in torch's order: double quantisation."""
+    """Double quantisation of a flat absmax in torch's order: (codes, nested absmax, offset)."""
     offset = torch_mean(absmax)
     centred = absmax - offset
     padded = np.pad(centred, (0, -centred.size % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)

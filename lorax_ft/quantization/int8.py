@@ -27,7 +27,7 @@ class Int8(Quantized):
 
     def matrix(self) -> Array:
         scale = self.absmax[..., None, :] * np.float32(1 / 127)
-        return (self.quantized.astype(jnp.float32) * scale).astype(self.dtype)
+        return (jnp.asarray(self.quantized).astype(jnp.float32) * scale).astype(self.dtype)
 
     def _rows(self, ids: Array) -> Array:
         rows = jnp.asarray(self.quantized)[ids].astype(jnp.float32)

@@ -94,7 +94,11 @@ class FourBit(Quantized):
         if self.blocked:  # flat in the order of [out, in / block_size]
             nested = nested.reshape(*self.stack_shape, *reversed(shape)).swapaxes(-1, -2)
         offset = self.offset.reshape(*self.stack_shape, *(1,) * len(shape))
-        return jnp.asarray(codebooks.dynamic_map())[self.absmax.astype(jnp.int32)] * nested + offset
+        centred = jnp.asarray(codebooks.dynamic_map())[self.absmax.astype(jnp.int32)] * nested
+        # The clamp changes nothing but keeps compilers from fusing the multiplication with the sum:
+        # bitsandbytes rounds in between, and that shows where an absmax is far below the offset.
+        largest = np.finfo(np.float32).max
+        return lax.clamp(-largest, centred, largest) + offset
 
     def partition_specs(self, spec: PartitionSpec) -> FourBit:
         """Blocks follow the kernel; flat ones and the small nested absmax are replicated."""

@@ -49,10 +49,18 @@ class Quantized(Leaf):
         return self.replace(shown_dtype=jnp.dtype(dtype))
 
     def linear(self, x: Array, *, precision=None, preferred_element_type=None) -> Array:
-        return _product(_Dot(False, precision, preferred_element_type, x.dtype), self, x)
+        return self._multiply(_Dot(False, precision, preferred_element_type, x.dtype), x)
 
     def linear_transposed(self, x: Array, *, precision=None, preferred_element_type=None) -> Array:
-        return _product(_Dot(True, precision, preferred_element_type, x.dtype), self, x)
+        return self._multiply(_Dot(True, precision, preferred_element_type, x.dtype), x)
+
+    def _multiply(self, dot: _Dot, x: Array) -> Array:
+        if self.stack_shape:
+            raise ValueError(
+                f"A stack {list(self.stack_shape)} of kernels has no single product. Slice it, or "
+                "use jax.vmap or jax.lax.scan over it."
+            )
+        return _product(dot, self, x)
 
     def take(self, ids: Array, *, mode: Any = None) -> Array:
         mode = lax.GatherScatterMode.from_any(mode)
@@ -108,7 +116,7 @@ class _Dot:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(dot: _Dot, kernel: Quantized, x: Array) -> Array:
-    return dot(x, _materialized(kernel.matrix()))
+    return dot(x, kernel.matrix())
 
 
 def _forward(dot: _Dot, kernel: Any, x: Any) -> tuple[Array, tuple[Quantized, Array | None]]:
@@ -122,9 +130,11 @@ def _backward(dot: _Dot, residuals: tuple[Quantized, Array | None], grad: Any) -
     kernel, x = residuals
     if isinstance(grad, SymbolicZero):
         return None, None
+    # Without a barrier XLA merges this dequantisation with the forward one and keeps its result.
+    # Its CPU compiler does so in any case: there only layers under a scan keep no dense copy.
+    kernel, grad = lax.optimization_barrier((kernel, grad))
     floats, integers = _split(kernel)
     matrix, pull = jax.vjp(lambda floats: combine(floats, integers).matrix(), floats)
-    matrix = _materialized(matrix)
     size = matrix.shape[1 if dot.transposed else 0]
     x_shape = jax.ShapeDtypeStruct((*grad.shape[:-1], size), dot.x_dtype)
     (grad_x,) = jax.linear_transpose(lambda x: dot(x, matrix), x_shape)(grad)
@@ -144,8 +154,3 @@ def _split(kernel: Quantized) -> tuple[Quantized, Quantized]:
     floats = jax.tree.map(lambda wanted, field: field if wanted else None, is_float, kernel)
     integers = jax.tree.map(lambda wanted, field: None if wanted else field, is_float, kernel)
     return floats, integers
-
-
-def _materialized(matrix: Array) -> Array:
-    """Keeps XLA:CPU from fusing dequantisation into the product, off the product's fast path."""
-    return lax.optimization_barrier(matrix)
