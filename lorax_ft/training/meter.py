@@ -29,7 +29,7 @@ class Meter:
         self.last_loss = math.nan
         self._peak_flops = peak_flops  # of all devices together
         self._flops_of: dict[Any, float] = {}  # by the shapes of the batch
-        self._unread: collections.deque[dict[str, jax.Array]] = collections.deque()
+        self._unread: collections.deque[tuple[dict[str, jax.Array], Any]] = collections.deque()
         self._clear()
 
     def run(
@@ -42,13 +42,14 @@ class Meter:
             self._started = now
         if signature in self._flops_of:
             train, opt_state, metrics = step(*arguments)
-            self._tokens += np.array(count_tokens(batch))
+            tokens = count_tokens(batch)
             self._flops += self._flops_of[signature]
         else:
             self._flops_of[signature] = self._count_flops(step, arguments)
             train, opt_state, metrics = jax.block_until_ready(step(*arguments))
             self._untimed += time.perf_counter() - now
-        self._unread.append(metrics)
+            tokens = (0, 0)
+        self._unread.append((metrics, tokens))
         while len(self._unread) > LAG:
             self._read()
         return train, opt_state
@@ -87,7 +88,9 @@ class Meter:
         return flops.count_flops(step.trace(*arguments).jaxpr) if self._peak_flops else 0.0
 
     def _read(self) -> None:
-        metrics = jax.device_get(self._unread.popleft())
+        metrics, tokens = self._unread.popleft()
+        metrics = jax.device_get(metrics)  # waits for the step, so that its tokens are done
+        self._tokens += tokens
         self._last = {name: float(value) for name, value in metrics.items()}
         self.last_loss = self._last["loss"]
         if self._last["finite"]:
