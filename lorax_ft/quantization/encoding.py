@@ -72,9 +72,8 @@ def compress_absmax(absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.floa
     centred = absmax - offset
     padded = np.pad(centred, (0, -centred.size % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
     nested = np.abs(padded).max(axis=1)
-    with np.errstate(
-        divide="ignore", over="ignore", invalid="ignore"
-    ):  # nested may be 0 or denormal
+    # a nested absmax may be zero or denormal
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         scaled = np.nan_to_num(padded * (np.float32(1) / nested)[:, None], posinf=1, neginf=-1)
     codes = nearest_dynamic_codes(scaled)
     codes[nested == 0] = 0
@@ -87,17 +86,15 @@ def torch_mean(values: np.ndarray) -> np.float32:
     The offset of double quantisation is such a mean. Rows of 4 x 8 values are summed in a cascade
     of four levels, then the four, then the eight lanes one after another.
     """
-    rows, lanes, ways = values.size // 8, 8, 4
-    groups = rows // ways
-    lane_sums = values[: groups * ways * lanes].reshape(groups, ways, lanes)
-    level_size = 1 << max(4, (groups - 1).bit_length() // 4 if groups > 1 else 0)
-    total = _cascade(lane_sums, level_size)
-    first = _sum_in_order(
-        np.concatenate([total[:1], values[groups * ways * lanes : rows * lanes].reshape(-1, lanes)])
-    )
-    last = _sum_in_order(np.concatenate([first[None], total[1:]]))
-    scalars = np.concatenate([values[rows * lanes :], last])
-    return _sum_in_order(scalars[:, None])[0] / np.float32(values.size)
+    lanes, ways = 8, 4
+    groups = values.size // (ways * lanes)
+    rows, scalars = np.split(values, [values.size // lanes * lanes])
+    grouped, rest = np.split(rows.reshape(-1, lanes), [groups * ways])
+    level_size = 1 << max(4, max(groups - 1, 0).bit_length() // 4)
+    first, *others = _cascade(grouped.reshape(groups, ways, lanes), level_size)
+    by_lane = _sum_in_order(np.stack([_sum_in_order(np.stack([first, *rest])), *others]))
+    total = _sum_in_order(np.concatenate([scalars, by_lane]))
+    return np.float32(total) / np.float32(values.size)
 
 
 def _cascade(rows: np.ndarray, level_size: int) -> np.ndarray:
