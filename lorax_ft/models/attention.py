@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lorax_ft.models.layers import ATTENTIONS, Array, ComputeConfig, Dense, drop
+from lorax_ft.models.layers import Array, ComputeConfig, Dense, drop, einsum_float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,56 +73,58 @@ class Attention(nn.Module):
         value = heads("value", self.num_kv_heads)
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
-        y = self._attend(query, key, value, mask)
+        if self.dropout_rate > 0 and self.has_rng("dropout"):
+            rate, dropout_key = self.dropout_rate, self.make_rng("dropout")
+            y = attend(query, key, value, mask, self.is_causal, rate, dropout_key)
+        elif self.compute.attention == "cudnn":
+            y = attend_fused(query, key, value, mask, self.is_causal)
+        else:
+            y = attend(query, key, value, mask, self.is_causal)
         return self._dense(x.shape[-1], "output")(y.reshape(*y.shape[:-2], -1))
 
     def _dense(self, features: int, name: str) -> Dense:
         return Dense(features, self.compute, self.use_bias, self.stddev, name=name)
 
-    def _attend(self, query: Array, key: Array, value: Array, mask: Array | None) -> Array:
-        if self.dropout_rate > 0 and self.has_rng("dropout"):
-            dropout_key = self.make_rng("dropout")
-            return attend_with_dropout(
-                query, key, value, mask, self.is_causal, self.dropout_rate, dropout_key
-            )
-        implementation = ATTENTIONS[self.compute.attention]
-        if mask is not None and implementation == "cudnn":  # which does not broadcast over queries
-            mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], mask.shape[-1]))
-        with jax.numpy_dtype_promotion("standard"):  # jax's own code mixes dtypes in bfloat16
-            return jax.nn.dot_product_attention(
-                query,
-                key,
-                value,
-                mask=mask,
-                is_causal=self.is_causal,
-                implementation=implementation,
-            )
 
-
-def attend_with_dropout(
+def attend(
     query: Array,
     key: Array,
     value: Array,
     mask: Array | None,
     is_causal: bool,
-    rate: float,
-    dropout_key: Array,
+    dropout_rate: float = 0.0,
+    dropout_key: Array | None = None,
 ) -> Array:
-    """`jax.nn.dot_product_attention`, which has no dropout, with dropout of the attention weights.
+    """Scaled dot-product attention by plain products, the softmax in float32.
 
-    `query` is `[batch, length, heads, head_dim]`, `key` and `value` have fewer heads or as many.
+    `query` is `[batch, length, heads, head_dim]`, `key` and `value` have fewer heads or as many. It
+    is `jax.nn.dot_product_attention` with dropout of the attention weights beside, and gradients of
+    bfloat16 that are not mixed products.
     """
     batch, length, heads, head_dim = query.shape
     grouped = query.reshape(batch, length, key.shape[2], -1, head_dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32)
-    scores = scores / math.sqrt(head_dim)
+    scores = einsum_float32("btkgd,bskd->bkgts", grouped, key) / math.sqrt(head_dim)
     lowest = jnp.finfo(jnp.float32).min
     if is_causal:
         scores = jnp.where(jnp.tri(length, dtype=bool)[None, None, None], scores, lowest)
     if mask is not None:
         scores = jnp.where(mask[:, :, None], scores, lowest)
-    weights = drop(jax.nn.softmax(scores, axis=-1), rate, dropout_key).astype(value.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(batch, length, heads, head_dim)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if dropout_key is not None:
+        weights = drop(weights, dropout_rate, dropout_key)
+    y = jnp.einsum("bkgts,bskd->btkgd", weights.astype(value.dtype), value)
+    return y.reshape(batch, length, heads, head_dim)
+
+
+def attend_fused(
+    query: Array, key: Array, value: Array, mask: Array | None, is_causal: bool
+) -> Array:
+    """Attention by cuDNN's fused kernel, which keeps no matrix of weights."""
+    if mask is not None:  # cuDNN does not broadcast it over queries
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], mask.shape[-1]))
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=mask, is_causal=is_causal, implementation="cudnn"
+    )
 
 
 # --- Rotary positions -----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ stands for may then be replaced by anything that can do these two.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,7 +29,8 @@ REMAT_POLICIES: Mapping[str, Callable[..., bool] | None] = {
     "dots_without_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
 }
 
-ATTENTIONS: Mapping[str, str | None] = {"auto": None, "xla": "xla", "cudnn": "cudnn"}
+# How attention is computed: by plain products, or by NVIDIA's fused kernel (half precision only).
+ATTENTIONS = ("xla", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class ComputeConfig:
     param_dtype: str = "float32"
     scan_layers: bool = True  # one compiled layer over stacked arrays, or each layer its own arrays
     remat: str = "none"  # a key of REMAT_POLICIES
-    attention: str = "auto"  # a key of ATTENTIONS: jax.nn.dot_product_attention's implementation
+    attention: str = "xla"  # one of ATTENTIONS
 
     def __post_init__(self):
         for field in ("dtype", "param_dtype"):
@@ -109,14 +111,46 @@ class Embedding(nn.Module):
 
 
 def product(x: Array, kernel: Array, dtype: Any) -> Array:
-    """`x @ kernel` in `dtype`: `[..., d_in]` by `[d_in, d_out]`.
+    """`x @ kernel` in `dtype`, which is that of `x` or float32: `[..., d_in]` by `[d_in, d_out]`.
 
     Leading axes are flattened first: the kernel's gradient is then a plain matrix product, which
     XLA:CPU computes half as fast again as one that contracts several axes.
     """
     rows = x.reshape(-1, x.shape[-1])
-    y = jnp.dot(rows, kernel, preferred_element_type=None if dtype == x.dtype else dtype)
+    y = rows @ kernel if dtype == x.dtype else einsum_float32("nd,df->nf", rows, kernel)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def einsum_float32(equation: str, x: Array, y: Array) -> Array:
+    """An einsum in float32 whose gradients are products in the dtype of `x` and `y`.
+
+    JAX's own gradient of it would multiply float32 by half precision, which no tensor core does.
+    """
+    if x.dtype == jnp.float32:
+        return jnp.einsum(equation, x, y)
+    return _widened_einsum(equation, x, y)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _widened_einsum(equation: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+
+def _widened_einsum_forward(equation: str, x: Array, y: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _widened_einsum(equation, x, y), (x, y)
+
+
+def _widened_einsum_backward(
+    equation: str, operands: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    x, y = operands
+    gradient = gradient.astype(x.dtype)
+    (of_x,) = jax.linear_transpose(lambda x: jnp.einsum(equation, x, y), x)(gradient)
+    (of_y,) = jax.linear_transpose(lambda y: jnp.einsum(equation, x, y), y)(gradient)
+    return of_x, of_y
+
+
+_widened_einsum.defvjp(_widened_einsum_forward, _widened_einsum_backward)
 
 
 # --- Norms, activations, dropout ------------------------------------------------------------------
