@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 
 from lorax_ft import models, trees
@@ -406,6 +407,20 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path):
 
     with pytest.raises(FileNotFoundError, match="no tokenizer file"):
         models.save(tmp_path / "saved", model, params, tokenizer_files_from=tmp_path)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_raises_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    model, params = models.load(GOLDEN / "llama_linear")
+
+    def save_file(arrays, file, metadata):
+        file.write_bytes(b"half")
+        raise safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", save_file)
+    with pytest.raises(OSError, match=r"model\.safetensors could not be written .*No space"):
+        models.save(tmp_path / "saved", model, params)
 
     assert list(tmp_path.iterdir()) == []
 

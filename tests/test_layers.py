@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorax_ft import models
+from lorax_ft import models, trees
+from lorax_ft.inspection import inspect
 from lorax_ft.models.attention import attend, attend_fused
 from lorax_ft.models.layers import einsum_float32, gelu, product
 
@@ -99,6 +100,19 @@ def test_bfloat16_computes_nearly_the_same_and_returns_float32(family):
     np.testing.assert_allclose(  # eight bits of mantissa
         logits, jax.jit(model.apply)(params, INPUTS), atol=0.05, rtol=0.05
     )
+
+
+@families
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_parameter_is_used_as_its_name_says(family, dtype):
+    """So that whatever stands for a kernel need only be able to multiply."""
+    model = build(family, dtype=dtype, remat="full")
+
+    uses = inspect(model.apply, model.shapes(), INPUTS)
+
+    assert {path: use.kind for path, use in uses.items()} == {
+        path: path.rpartition("/")[2] for path in trees.flatten(model.shapes())
+    }
 
 
 @families

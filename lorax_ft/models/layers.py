@@ -248,7 +248,7 @@ def run_layers(
         layer,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=nn.broadcast,
+        in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
         length=config.num_hidden_layers,
     )
     x, _ = scanned(config, compute, name="layers")(x, *inputs)

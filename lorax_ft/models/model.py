@@ -21,7 +21,8 @@ from lorax_ft.trees import nearest
 
 ModelConfig = BertConfig | LlamaConfig
 
-# What a model reads of a batch, and what a batch may hold beside it for the loss.
+# What a model reads of a batch, in the order of its module's arguments, and what a batch may hold
+# beside it for the loss.
 INPUTS: Mapping[type, tuple[str, ...]] = {
     BertConfig: ("input_ids", "attention_mask", "token_type_ids", "position_ids"),
     LlamaConfig: ("input_ids", "attention_mask", "position_ids"),
@@ -33,7 +34,7 @@ TARGETS = ("labels", "weights", "loss_mask")
 class Family:
     """Where the parts of a family of models are."""
 
-    config: type
+    config: type[ModelConfig]
     module: type[nn.Module]
     tables: ModuleType  # NAMES, TASKS, HEADS, ...
 
@@ -95,8 +96,7 @@ class Model:
             )
         _check_length(self.config, inputs["input_ids"].shape[1])
         rngs = {} if key is None else {"dropout": key}
-        read = {name: inputs[name] for name in names if inputs.get(name) is not None}
-        return self.module.apply({"params": params}, **read, rngs=rngs)
+        return self.module.apply({"params": params}, *map(inputs.get, names), rngs=rngs)
 
     def init(self, key: Array) -> PyTree:
         """Random parameters, by the config's `initializer_range`."""
@@ -104,7 +104,7 @@ class Model:
 
     def shapes(self) -> PyTree:
         """The tree of parameters as `ShapeDtypeStruct`s; nothing is allocated."""
-        return _shapes(self)
+        return jax.tree.map(lambda shape: shape, _shapes(self))
 
 
 def build(
@@ -130,22 +130,24 @@ def build(
     """
     if isinstance(config, Mapping):
         task = task or _task_of(config)
-        config = _family_of(config).config.from_hugging_face(config, ignore_fields)
+        own: ModelConfig = _family_of(config).config.from_hugging_face(config, ignore_fields)
+    else:
+        own = config
     if task is None:
         raise ValueError("build: task must be given, since a config of ours does not name one.")
     computing = {f.name for f in dataclasses.fields(ComputeConfig)} & set(overrides)
     compute = ComputeConfig(**{name: overrides.pop(name) for name in computing})
-    fields = {field.name for field in dataclasses.fields(config)}
+    fields = {field.name for field in dataclasses.fields(own)}
     for name in set(overrides) - fields:
         known = fields | {f.name for f in dataclasses.fields(ComputeConfig)}
         raise ValueError(
-            f"{name!r} is a field neither of ComputeConfig nor of {type(config).__name__}. "
+            f"{name!r} is a field neither of ComputeConfig nor of {type(own).__name__}. "
             f"Nearest: {', '.join(nearest(name, known))}."
         )
-    if num_labels is not None and num_labels != len(config.label_names):
+    if num_labels is not None and num_labels != len(own.label_names):
         overrides["label_names"] = tuple(f"LABEL_{i}" for i in range(num_labels))
-    config = dataclasses.replace(config, **overrides)
-    return Model(config=config, task=task, compute=compute)
+    own = dataclasses.replace(own, **overrides)
+    return Model(config=own, task=task, compute=compute)
 
 
 def hugging_face_name(model: Model, path: str, layer: int | None = None) -> str:
@@ -200,7 +202,7 @@ def _check_length(config: ModelConfig, length: int) -> None:
 
 
 def _family_of(raw: Mapping[str, Any]) -> Family:
-    model_type = raw.get("model_type")
+    model_type = str(raw.get("model_type"))
     if model_type not in FAMILIES:
         raise ValueError(
             f"config.json: model_type {model_type!r} is not handled, only "

@@ -153,6 +153,8 @@ def write_tensors(
     Args:
         sizes: each tensor's bytes by name.
         read: gives a tensor by name.
+
+    Raises OSError where the disk is full.
     """
     shards = _shards(sizes, max_shard_bytes)
     file_of = {}
@@ -161,7 +163,10 @@ def write_tensors(
         file = SINGLE_FILE if len(shards) == 1 else file
         # The format stores plain bytes: an array that is a transposed view must be laid out first.
         arrays = {name: np.ascontiguousarray(read(name)) for name in names}
-        safetensors.numpy.save_file(arrays, directory / file, metadata={"format": "pt"})
+        try:
+            safetensors.numpy.save_file(arrays, directory / file, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:  # a full disk, among others
+            raise OSError(f"{file} could not be written to {directory.parent}: {error}") from None
         file_of |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
