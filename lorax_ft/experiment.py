@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from lorax_ft import interop, methods, plots, prediction, reports, runs, training, trees
-from lorax_ft.adapted import Adapted, find_path, load_adapted, make_apply
+from lorax_ft.adapted import DECOMPOSITIONS, Adapted, find_path, load_adapted, make_apply
 from lorax_ft.config import ExperimentConfig
 from lorax_ft.data import (
     Dataset,
@@ -220,15 +220,16 @@ def _save(experiment: Experiment, directory: pathlib.Path, train: PyTree) -> Non
         base=adapted.base,
     )
     runs.save_adapter(directory / runs.ADAPTER, train, record)
-    if experiment.config.lora is not None:
+    lora = experiment.config.lora
+    if lora is not None and lora.initialization not in DECOMPOSITIONS:  # which change the base
         interop.save_peft(
             directory / runs.PEFT,
             adapted.model,
             trees.combine(train, experiment.frozen),
             adapted.trainable,
             base_name=experiment.config.model.path,
-            dropout=experiment.config.lora.dropout,
-            rslora=experiment.config.lora.rslora,
+            dropout=lora.dropout,
+            rslora=lora.rslora,
         )
     plots.plot_run(
         records.read_records(directory),

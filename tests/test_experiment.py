@@ -113,7 +113,7 @@ def test_a_run_directory_holds_what_a_user_looks_for(trained):
 
     assert {p.name for p in directory.iterdir()} == {
         *("config.json", "metrics.jsonl", "checkpoints", "adapter", "loss.png", "results.json"),
-        "lock",
+        *("lock", "peft"),
     }
     assert json.loads((directory / "results.json").read_text()) == results
     assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
