@@ -23,6 +23,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+collect_ignore_glob = ["golden/*"]  # scripts that made goldens, with packages that tests do without
+
+
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
     """Data, models and goldens by others: $LORAX_FT_SHARED, or `shared` beside the checkout."""
