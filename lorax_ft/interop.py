@@ -347,7 +347,7 @@ def _leaf(
     )
     if not config.get("use_dora"):
         return lora
-    magnitudes = [row.magnitude for row in rows if row is not None]
+    magnitudes: list[Any] = [row.magnitude for row in rows if row is not None]
     return DoRA(
         base=lora, magnitude=jnp.asarray(np.stack(magnitudes) if stacked else magnitudes[0])
     )

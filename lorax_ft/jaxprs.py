@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.core
 from jax._src import source_info_util
 from jax.extend.core import Literal
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+import typing
 from typing import Any, ClassVar, TypeVar
 
 import jax
@@ -122,6 +123,14 @@ class Leaf(abc.ABC):
         return math.prod(self.core_shape[a] for a in self.out_axes)
 
 
+def static_field(**kwargs: Any) -> Any:
+    """A hashable dataclass field that belongs to a leaf's structure, not to its arrays."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+@typing.dataclass_transform(
+    frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, static_field)
+)
 def leaf(cls: _T) -> _T:
     """Class decorator: a frozen, keyword-only dataclass that is a pytree of its array fields.
 
@@ -133,11 +142,6 @@ def leaf(cls: _T) -> _T:
     return jax.tree_util.register_dataclass(
         cls, data_fields=[f.name for f in fields if f.name not in static], meta_fields=static
     )
-
-
-def static_field(**kwargs: Any) -> Any:
-    """A hashable dataclass field that belongs to a leaf's structure, not to its arrays."""
-    return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
 def is_leaf(value: Any) -> bool:

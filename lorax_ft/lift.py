@@ -399,7 +399,7 @@ def _while(eqn: Any, operands: list[Any]) -> list[Any] | None:
         return None
 
     def run(closed: Any, consts: list[Any], carry: list[Any]) -> list[Any]:
-        return _only_arrays(eqn, jaxprs.evaluate(*closed, [*consts, *carry], _rule))
+        return _only_arrays(eqn, _evaluate(closed, [*consts, *carry]))
 
     return lax.while_loop(
         lambda carry: run(condition, cond_consts, carry)[0],
@@ -412,7 +412,7 @@ def _cond(eqn: Any, operands: list[Any]) -> list[Any] | None:
     index, *rest = operands
     branches = [
         functools.partial(
-            lambda closed: _only_arrays(eqn, jaxprs.evaluate(*closed, rest, _rule)),
+            lambda closed: _only_arrays(eqn, _evaluate(closed, rest)),
             jaxprs.inner(branch),
         )
         for branch in eqn.params["branches"]
@@ -430,6 +430,11 @@ def _bare(operands: list[Any]) -> tuple[list[Any], Callable[[list[Any]], list[An
         ]
 
     return [value.leaf if isinstance(value, View) else value for value in operands], restore
+
+
+def _evaluate(closed: tuple[Any, Any], operands: list[Any]) -> list[Any]:
+    jaxpr, consts = closed
+    return jaxprs.evaluate(jaxpr, consts, operands, _rule)
 
 
 def _only_arrays(eqn: Any, results: list[Any]) -> list[Any]:

@@ -196,7 +196,7 @@ def _split(value: Any, trained: bool) -> tuple[Any, Any]:
     if not isinstance(value, Leaf):
         return (value, None) if trained else (None, value)
     train, frozen = {}, {}
-    for field in dataclasses.fields(value):
+    for field in dataclasses.fields(value):  # type: ignore[arg-type]
         if field.metadata.get("static"):
             continue
         content = getattr(value, field.name)
@@ -206,7 +206,7 @@ def _split(value: Any, trained: bool) -> tuple[Any, Any]:
             train[field.name], frozen[field.name] = content, None
         else:
             train[field.name], frozen[field.name] = None, content
-    return dataclasses.replace(value, **train), dataclasses.replace(value, **frozen)
+    return value.replace(**train), value.replace(**frozen)
 
 
 def _check_trainable(path: str, value: Any) -> None:

@@ -39,7 +39,7 @@ def apply(params, x):
 
 def base(layers=2, d=8):
     keys = jax.random.split(jax.random.key(1), 5)
-    normal = lambda i, *shape: jax.random.normal(keys[i], shape) / np.sqrt(d)  # noqa: E731
+    normal = lambda i, *shape: jax.random.normal(keys[i], shape) / np.sqrt(d)
     return {
         "embedding": normal(0, 5, d),
         "layers": {
@@ -291,7 +291,7 @@ def test_methods_compose_and_say_which_arrays_they_train():
 
 def shapes(layers, kernels):
     """A tree of [layers, d_in, d_out] kernels that are only shapes."""
-    struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     return {"layers": {name: {"kernel": struct(layers, *shape)} for name, shape in kernels.items()}}
 
 

@@ -106,8 +106,9 @@ def table(rows: list[dict]) -> str:
             scores = [r["score"] for r in chosen]
             spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
             peer = PEERS[task].get(method)
+            first = chosen[0]
             lines.append(
-                f"| {task} | {method} | {chosen[0]['trainable']:,} | {chosen[0]['bytes'] / 1e6:.1f} "
+                f"| {task} | {method} | {first['trainable']:,} | {first['bytes'] / 1e6:.1f} "
                 f"| {SCORES[task][1]} | {statistics.mean(scores):.3f}{spread} ({len(scores)}) "
                 f"| {'' if peer is None else f'{peer:.3f}'} |"
             )

@@ -66,7 +66,7 @@ class LoRA(Leaf):
         options = (precision, preferred_element_type)
         rows = x.reshape(-1, x.shape[-1])
         base = matrix_of(self.base, self.in_axes)
-        y = _linear(options, base, self.a, self.b, self.scale, rows, *self._dropping())
+        y: Any = _linear(options, base, self.a, self.b, self.scale, rows, *self._dropping())
         return y.reshape(*x.shape[:-1], -1)
 
     def linear_transposed(self, x: Array, *, precision=None, preferred_element_type=None) -> Array:
