@@ -32,7 +32,7 @@ def get_config(method: str = "lora") -> ConfigDict:
     config.lora = {"rank": 8}
     if method == "qlora":
         config.quantization = {"kind": "nf4"}
-    config.optimizer = {"learning_rate": 1e-3, "warmup_fraction": 0.06, "weight_decay": 0.01}
-    config.train = {"epochs": 12.0, "eval_every": 0}
+    config.optimizer = {"learning_rate": 2e-3, "warmup_fraction": 0.06, "weight_decay": 0.01}
+    config.train = {"epochs": 6.0, "eval_every": 0}
     config.baseline = True
     return config

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shutil
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -74,13 +74,14 @@ def train(config: ExperimentConfig, run_dir: str | pathlib.Path) -> dict[str, An
     Prints what is trained and what came of it, and returns what results.json holds. A run that is
     finished is not run again. One that SIGTERM ended has saved its state, and answers its step.
     """
-    directory = runs.open_run(run_dir, config)
+    directory = pathlib.Path(run_dir)
+    runs.check_run(directory, config)
     if results := runs.read_results(directory):
         print(f"{directory} is finished; another --run_dir trains anew.")
         print(reports.results_table(results))
         return results
-    started = time.perf_counter()
     experiment = prepare(config)
+    runs.start_run(directory, config)  # only now: bad input leaves no run behind
     counts = trees.count(experiment.adapted.params, experiment.adapted.trainable)
     names = _methods(config)
     print(reports.overview(experiment.dataset, counts, model=config.model.path, methods=names))
@@ -106,7 +107,7 @@ def train(config: ExperimentConfig, run_dir: str | pathlib.Path) -> dict[str, An
         "warnings": [found.warning for found in evaluations.values() if found.warning],
         "baseline": baseline,
         "parameters": dataclasses.asdict(counts),
-        "seconds": time.perf_counter() - started,
+        "seconds": result.progress.seconds,
         "peak_memory_bytes": reports.peak_memory(),
     }
     runs.write_results(directory, results)
@@ -222,6 +223,7 @@ def _save(experiment: Experiment, directory: pathlib.Path, train: PyTree) -> Non
     runs.save_adapter(directory / runs.ADAPTER, train, record)
     lora = experiment.config.lora
     if lora is not None and lora.initialization not in DECOMPOSITIONS:  # which change the base
+        shutil.rmtree(directory / runs.PEFT, ignore_errors=True)  # of a session that broke off
         interop.save_peft(
             directory / runs.PEFT,
             adapted.model,

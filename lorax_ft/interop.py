@@ -15,7 +15,6 @@ import math
 import os
 import pathlib
 import re
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +26,7 @@ from lorax_ft.methods.dora import DoRA
 from lorax_ft.methods.lora_leaf import LoRA
 from lorax_ft.models.hugging_face import SUFFIXES, split_layer
 from lorax_ft.models.model import Model, hugging_face_name, module_path
+from lorax_ft.models.tensor_files import new_directory
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -77,9 +77,10 @@ def save_peft(
 ) -> None:
     """Writes the adapters of `params`, and the plain arrays `trainable` names, as a PEFT directory.
 
-    The directory appears whole or not at all. `base_name` says which base model the adapter belongs
-    to; `rslora` how to state the scale, as alpha over the root of the rank; `card` becomes
-    README.md. Raises ValueError where there is nothing to save.
+    The directory must be new or empty, and appears whole or not at all. `base_name` says which base
+    model the adapter belongs to; `rslora` how to state the scale, as alpha over the root of the
+    rank; `card` becomes README.md. Raises ValueError where there is nothing to save, and where the
+    directory holds something.
     """
     from safetensors.numpy import save_file
 
@@ -105,19 +106,14 @@ def save_peft(
         "use_dora": any(isinstance(v, DoRA) for v in trees.flatten(params).values()),
         "use_rslora": rslora,
     }
-    target = pathlib.Path(directory)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     everything = {
         PREFIX + name: np.ascontiguousarray(t) for name, t in {**tensors, **saved}.items()
     }
-    save_file(everything, partial / WEIGHTS, metadata={"format": "pt"})
-    if card:
-        (partial / "README.md").write_text(card)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    with new_directory(pathlib.Path(directory)) as new:
+        save_file(everything, new / WEIGHTS, metadata={"format": "pt"})
+        (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if card:
+            (new / "README.md").write_text(card)
 
 
 def _adapter_tensors(

@@ -46,17 +46,11 @@ def config_text(config: ExperimentConfig) -> str:
     return json.dumps(to_dict(config), indent=2) + "\n"
 
 
-def open_run(directory: str | pathlib.Path, config: ExperimentConfig) -> pathlib.Path:
-    """Makes the directory with its config.json, or checks that it is of this very config.
-
-    Raises ValueError, naming the keys that differ, where it is another run's.
-    """
-    directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+def check_run(directory: pathlib.Path, config: ExperimentConfig) -> None:
+    """Raises ValueError, naming the keys that differ, where another config's run is there."""
     path = directory / "config.json"
     if not path.exists():
-        write_text(path, config_text(config))
-        return directory
+        return
     found, given = flat(read_json(path)), flat(to_dict(config))
     different = [key for key in found | given if found.get(key) != given.get(key)]
     if different:
@@ -65,7 +59,13 @@ def open_run(directory: str | pathlib.Path, config: ExperimentConfig) -> pathlib
             f"{directory} holds a run of another config:\n" + "\n".join(lines[:10]) + "\n"
             "Give another --run_dir, or the same config to go on with that run."
         )
-    return directory
+
+
+def start_run(directory: pathlib.Path, config: ExperimentConfig) -> None:
+    """Makes the directory and its config.json, where they are not there yet."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if not (directory / "config.json").exists():
+        write_text(directory / "config.json", config_text(config))
 
 
 def read_config(directory: str | pathlib.Path) -> ExperimentConfig:

@@ -254,3 +254,10 @@ def _params(config):
 def _finished_params(directory):
     found = finished.load_run(directory).adapted
     return found.params, found.trainable
+
+
+def test_bad_input_leaves_no_run_behind(folder, tmp_path):
+    wrong = classification(folder, model={"path": str(folder / "nowhere")})
+    with pytest.raises(OSError, match="No tokenizer at"):
+        experiment.train(wrong, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

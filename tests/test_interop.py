@@ -273,3 +273,12 @@ def test_a_missing_or_truncated_file_raises_and_names_it(broken):
     path.unlink()
     with pytest.raises(ValueError, match=r"adapter_model.safetensors is not there"):
         load_peft(directory, model, base)
+
+
+def test_an_export_overwrites_nothing(golden, tmp_path):
+    model, base = load(golden, "bert_seqcls")
+    params, trained = load_peft(golden / "bert_seqcls" / "adapters" / "lora", model, base)
+    (tmp_path / "mine").write_text("keep")
+    with pytest.raises(ValueError, match="not empty: nothing is overwritten"):
+        save_peft(tmp_path, model, params, trained)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

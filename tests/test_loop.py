@@ -125,12 +125,16 @@ def terminate(step: int):
 def test_a_run_stopped_by_sigterm_ends_in_the_same_bits(tmp_path, stops):
     whole, _ = run(tmp_path / "whole", evaluate=kernel_norm, eval_every=4)
 
+    seconds = 0.0
     for stop in stops:
         part, _ = run(
             tmp_path / "parts", ToyBatches(terminate(stop)), evaluate=kernel_norm, eval_every=4
         )
         assert (part.outcome, part.progress.step) == ("preempted", stop + 1)
+        assert part.progress.seconds > seconds
+        seconds = part.progress.seconds
     last, _ = run(tmp_path / "parts", evaluate=kernel_norm, eval_every=4)
+    assert last.progress.seconds > seconds  # the sessions before count
 
     assert last.outcome == whole.outcome == "finished"
     assert state_bytes(last) == state_bytes(whole)

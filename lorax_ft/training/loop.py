@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import pathlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -86,6 +87,8 @@ class Progress:
     best_step: int | None = None
     best_value: float | None = None
     without_improvement: int = 0  # evaluations since the best
+    # Spent in `fit` by all sessions; no two runs have the same, so it says nothing of equality.
+    seconds: float = dataclasses.field(default=0.0, compare=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,6 +142,7 @@ def fit(
         bar = stack.enter_context(_open_bar(total, progress.step, config))
         stop_asked = stack.enter_context(signals.stop_on_sigterm())
         meter = Meter(nonfinite=progress.nonfinite, peak_flops=_peak_flops(config, mesh))
+        clock = time.perf_counter() - progress.seconds
 
         while True:
             n = progress.step
@@ -157,6 +161,7 @@ def fit(
                 write("eval", n, found)
                 _announce(bar, n, found)
                 progress = _with_evaluation(progress, found, config)
+            progress = dataclasses.replace(progress, seconds=time.perf_counter() - clock)
             if saves:
                 snapshot = checkpoints.Snapshot(
                     step=n,
