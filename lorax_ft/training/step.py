@@ -57,10 +57,10 @@ def make_train_step(
             _loss_and_gradient(apply, objective, frozen), train, batch, key, accumulation
         )
         divisor = jnp.where(weight > 0, weight, 1.0)
+        loss, norm = loss_sum / divisor, _norm(gradient) / divisor
         gradient = jax.tree.map(
             lambda g, p: (g.astype(jnp.float32) / divisor).astype(p.dtype), gradient, train
         )
-        loss, norm = loss_sum / divisor, _norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         updates, new_opt_state = tx.update(gradient, opt_state, train)
