@@ -221,24 +221,36 @@ def _save(experiment: Experiment, directory: pathlib.Path, train: PyTree) -> Non
         base=adapted.base,
     )
     runs.save_adapter(directory / runs.ADAPTER, train, record)
-    lora = experiment.config.lora
-    if lora is not None and lora.initialization not in DECOMPOSITIONS:  # which change the base
-        shutil.rmtree(directory / runs.PEFT, ignore_errors=True)  # of a session that broke off
-        interop.save_peft(
-            directory / runs.PEFT,
-            adapted.model,
-            trees.combine(train, experiment.frozen),
-            adapted.trainable,
-            base_name=experiment.config.model.path,
-            dropout=lora.dropout,
-            rslora=lora.rslora,
-        )
+    _export(experiment, directory / runs.PEFT, trees.combine(train, experiment.frozen))
     plots.plot_run(
         records.read_records(directory),
         directory / "loss.png",
         title=f"{directory.name}: {_methods(experiment.config)}",
         metric=experiment.config.train.best_metric or "accuracy",
     )
+
+
+def _export(experiment: Experiment, directory: pathlib.Path, params: PyTree) -> None:
+    """Writes the adapter as a PEFT directory, where PEFT has a word for it."""
+    lora = experiment.config.lora
+    adapts = any(value is not None for value in (lora, *_peft_sections(experiment.config)))
+    decomposed = lora is not None and lora.initialization in DECOMPOSITIONS  # changes the base
+    if not adapts or decomposed or not interop.can_save(params):
+        return
+    shutil.rmtree(directory, ignore_errors=True)  # of a session that broke off
+    interop.save_peft(
+        directory,
+        experiment.adapted.model,
+        params,
+        experiment.adapted.trainable,
+        base_name=experiment.config.model.path,
+        dropout=lora.dropout if lora else 0.0,
+        rslora=lora.rslora if lora else False,
+    )
+
+
+def _peft_sections(config: ExperimentConfig) -> tuple[Any, ...]:
+    return config.ia3, config.prompt, config.p_tuning, config.prefix
 
 
 def _baseline(experiment: Experiment) -> float | None:
