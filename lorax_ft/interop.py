@@ -24,7 +24,7 @@ import numpy as np
 from lorax_ft import trees
 from lorax_ft.methods.dora import DoRA
 from lorax_ft.methods.lora_leaf import LoRA
-from lorax_ft.models.hugging_face import SUFFIXES, split_layer
+from lorax_ft.models.hugging_face import SUFFIXES, is_turned, split_layer
 from lorax_ft.models.model import Model, hugging_face_name, module_path
 from lorax_ft.models.tensor_files import new_directory
 
@@ -92,7 +92,7 @@ def save_peft(
         **_ranks_and_alphas(modules, rslora),
         "base_model_name_or_path": base_name,
         "bias": biases,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": _fan_in_fan_out(model, params),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_dropout": dropout,
@@ -114,6 +114,16 @@ def save_peft(
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if card:
             (new / "README.md").write_text(card)
+
+
+def _fan_in_fan_out(model: Model, params: Any) -> bool:
+    """PEFT's word for adapted kernels that are stored [in, out]; the factors are the same."""
+    return any(
+        isinstance(value, (LoRA, DoRA))
+        and path.endswith("/kernel")
+        and not is_turned(model.family.tables, path)
+        for path, value in trees.flatten(params).items()
+    )
 
 
 def _adapter_tensors(
@@ -157,7 +167,8 @@ def _plain_tensors(
                 tensors[f"{module}.base_layer.bias"] = array
                 biases = "lora_only" if biases == "none" else biases
             else:
-                tensors[f"{module}.{SUFFIXES[kind]}"] = array.T if kind == "kernel" else array
+                turned = is_turned(model.family.tables, path)
+                tensors[f"{module}.{SUFFIXES[kind]}"] = array.T if turned else array
     lone = _lone_biases(tensors)
     return tensors, "all" if lone else biases
 
@@ -282,7 +293,7 @@ def _sorted_tensors(
             path, layer = _our_path(
                 key, module.removesuffix(".modules_to_save.default"), kinds, model, paths
             )
-            plain[path][layer] = tensor.T if path.endswith("/kernel") else tensor
+            plain[path][layer] = tensor.T if is_turned(model.family.tables, path) else tensor
     return adapters, plain
 
 
@@ -307,7 +318,7 @@ def _our_path(
 
 
 def _is_named(model: Model, path: str) -> bool:
-    return split_layer(path)[0].rpartition("/")[0] in model.family.tables.NAMES
+    return split_layer(path)[0].rpartition("/")[0] in model.family.tables.names
 
 
 def _leaf(

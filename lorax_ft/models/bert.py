@@ -23,8 +23,6 @@ from lorax_ft.models.layers import (
     run_layers,
 )
 
-PREFIX = "bert."
-
 NAMES: hugging_face.Names = {
     "embeddings/word": "bert.embeddings.word_embeddings",
     "embeddings/position": "bert.embeddings.position_embeddings",
@@ -45,32 +43,31 @@ NAMES: hugging_face.Names = {
     "lm_head": "cls.predictions",
 }
 
-# Modules that a task may leave unread, and those that may start anew where a checkpoint lacks them.
-HEADS = ("pooler", "classifier", "lm_head")
-NEW_HEADS = HEADS
-
-# What a checkpoint may hold beside these: buffers, heads of other tasks, repetitions of a tensor.
-FOREIGN = (
-    "bert.embeddings.position_ids",
-    "bert.embeddings.token_type_ids",
-    "cls.seq_relationship.weight",
-    "cls.seq_relationship.bias",
+TABLES = hugging_face.Tables(
+    prefix="bert.",
+    names=NAMES,
+    tasks={
+        "BertModel": "encoder",
+        "BertForSequenceClassification": "sequence_classification",
+        "BertForTokenClassification": "token_classification",
+        "BertForMaskedLM": "masked_lm",
+        "BertForPreTraining": "masked_lm",
+    },
+    heads=("pooler", "classifier", "lm_head"),
+    new_heads=("pooler", "classifier", "lm_head"),
+    foreign=(
+        "bert.embeddings.position_ids",
+        "bert.embeddings.token_type_ids",
+        "cls.seq_relationship.weight",
+        "cls.seq_relationship.bias",
+    ),
+    tied={
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    },
+    # as in checkpoints converted from TensorFlow
+    old_suffixes={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
 )
-TIED = {
-    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-    "cls.predictions.decoder.bias": "cls.predictions.bias",
-}
-
-# How names ended in checkpoints converted from TensorFlow.
-OLD_SUFFIXES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-
-TASKS = {  # by transformers' class names; the first of a task is the one written
-    "BertModel": "encoder",
-    "BertForSequenceClassification": "sequence_classification",
-    "BertForTokenClassification": "token_classification",
-    "BertForMaskedLM": "masked_lm",
-    "BertForPreTraining": "masked_lm",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,10 @@ from lorax_ft.models.layers import (
     Embedding,
     RMSNorm,
     activate,
+    head,
+    last_token,
     run_layers,
 )
-
-PREFIX = "model."
 
 NAMES: hugging_face.Names = {
     "embeddings/word": "model.embed_tokens",
@@ -40,20 +40,18 @@ NAMES: hugging_face.Names = {
     "score": "score",
 }
 
-# Modules that a task may leave unread, and those that may start anew where a checkpoint lacks them.
-HEADS = ("lm_head", "score")
-NEW_HEADS = ("score",)
-
-# What a checkpoint may hold beside these: buffers, and repetitions of a tensor of a tied model.
-FOREIGN = ("model.rotary_emb.inv_freq", "model.layers.{layer}.self_attn.rotary_emb.inv_freq")
-TIED = {"lm_head.weight": "model.embed_tokens.weight"}
-
-OLD_SUFFIXES: Mapping[str, str] = {}
-
-TASKS = {  # by transformers' class names; the first of a task is the one written
-    "LlamaForCausalLM": "causal_lm",
-    "LlamaForSequenceClassification": "sequence_classification",
-}
+TABLES = hugging_face.Tables(
+    prefix="model.",
+    names=NAMES,
+    tasks={
+        "LlamaForCausalLM": "causal_lm",
+        "LlamaForSequenceClassification": "sequence_classification",
+    },
+    heads=("lm_head", "score"),
+    new_heads=("score",),
+    foreign=("model.rotary_emb.inv_freq", "model.layers.{layer}.self_attn.rotary_emb.inv_freq"),
+    tied={"lm_head.weight": "model.embed_tokens.weight"},
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,25 +209,11 @@ class Llama(nn.Module):
         x = run_layers(LlamaLayer, config, compute, embeddings(input_ids), mask, rotary)
         x = RMSNorm(config.rms_norm_eps, compute, name="norm")(x)
         if self.task == "sequence_classification":
-            x = jnp.take_along_axis(x, self._last(input_ids, attention_mask)[:, None, None], axis=1)
-            return _head(len(config.label_names), compute, stddev, "score")(x[:, 0])
+            x = last_token(x, input_ids, attention_mask, config.pad_token_id)
+            return head(len(config.label_names), compute, stddev, "score")(x)
         if config.tie_word_embeddings:
             return embeddings.word.logits(x)
-        return _head(config.vocab_size, compute, stddev, "lm_head")(x)
-
-    def _last(self, input_ids: Array, attention_mask: Array | None) -> Array:
-        """Where each sequence's last token is that is not padding: `[batch]`, 0 where all are."""
-        is_token = jnp.ones(input_ids.shape, bool)
-        if attention_mask is not None:
-            is_token &= attention_mask.astype(bool)
-        if self.config.pad_token_id is not None:
-            is_token &= input_ids != self.config.pad_token_id
-        positions = jnp.arange(input_ids.shape[1])[None]
-        return jnp.where(is_token, positions, 0).max(axis=1)
-
-
-def _head(features: int, compute: ComputeConfig, stddev: float, name: str) -> Dense:
-    return Dense(features, compute, use_bias=False, stddev=stddev, out_dtype=jnp.float32, name=name)
+        return head(config.vocab_size, compute, stddev, "lm_head")(x)
 
 
 class LlamaEmbeddings(nn.Module):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -36,12 +35,12 @@ class Family:
 
     config: type[ModelConfig]
     module: type[nn.Module]
-    tables: ModuleType  # NAMES, TASKS, HEADS, ...
+    tables: hugging_face.Tables
 
 
 FAMILIES: Mapping[str, Family] = {  # by config.json's model_type
-    "bert": Family(config=BertConfig, module=Bert, tables=bert),
-    "llama": Family(config=LlamaConfig, module=Llama, tables=llama),
+    "bert": Family(config=BertConfig, module=Bert, tables=bert.TABLES),
+    "llama": Family(config=LlamaConfig, module=Llama, tables=llama.TABLES),
 }
 
 
@@ -61,7 +60,7 @@ class Model:
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
 
     def __post_init__(self):
-        tasks = sorted(set(self.family.tables.TASKS.values()))
+        tasks = sorted(set(self.family.tables.tasks.values()))
         if self.task not in tasks:
             raise ValueError(
                 f"Model.task must be one of {', '.join(map(repr, tasks))} for a "
@@ -152,12 +151,12 @@ def build(
 
 def hugging_face_name(model: Model, path: str, layer: int | None = None) -> str:
     """Hugging Face's name of a parameter's module, as PEFT files have it: `module_name`."""
-    return hugging_face.module_name(model.family.tables.NAMES, path, layer)
+    return hugging_face.module_name(model.family.tables.names, path, layer)
 
 
 def module_path(model: Model, name: str) -> tuple[str, int | None] | None:
     """The inverse of `hugging_face_name`: our module and the layer; None for an unknown name."""
-    return hugging_face.module_path(model.family.tables.NAMES, name)
+    return hugging_face.module_path(model.family.tables.names, name)
 
 
 def check_inputs(config: ModelConfig, batch: Mapping[str, Any]) -> None:
@@ -212,7 +211,7 @@ def _family_of(raw: Mapping[str, Any]) -> Family:
 
 
 def _task_of(raw: Mapping[str, Any]) -> str:
-    tasks = _family_of(raw).tables.TASKS
+    tasks = _family_of(raw).tables.tasks
     for name in raw.get("architectures") or ():
         if name in tasks:
             return tasks[name]
