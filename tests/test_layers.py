@@ -21,6 +21,13 @@ CONFIGS = {
         intermediate_size=24,
         initializer_range=0.3,
     ),
+    "gpt2": models.Gpt2Config(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.3,
+    ),
     "llama": models.LlamaConfig(
         vocab_size=20,
         hidden_size=16,

@@ -163,9 +163,7 @@ def take_fields(
                 f"config.json: {name} = {value!r} is not handled, only "
                 f"{' or '.join(map(repr, neutral[name]))}: the model would compute something else."
             )
-    return {
-        field: raw[name] for name, field in read.items() if name in raw and name not in ignore
-    }
+    return {field: raw[name] for name, field in read.items() if name in raw and name not in ignore}
 
 
 def renamed(fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

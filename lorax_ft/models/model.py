@@ -12,18 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lorax_ft.models import bert, hugging_face, llama
+from lorax_ft.models import bert, gpt2, hugging_face, llama
 from lorax_ft.models.bert import Bert, BertConfig
+from lorax_ft.models.gpt2 import Gpt2, Gpt2Config
 from lorax_ft.models.layers import Array, ComputeConfig, PyTree
 from lorax_ft.models.llama import Llama, LlamaConfig
 from lorax_ft.trees import nearest
 
-ModelConfig = BertConfig | LlamaConfig
+ModelConfig = BertConfig | Gpt2Config | LlamaConfig
 
 # What a model reads of a batch, in the order of its module's arguments, and what a batch may hold
 # beside it for the loss.
 INPUTS: Mapping[type, tuple[str, ...]] = {
     BertConfig: ("input_ids", "attention_mask", "token_type_ids", "position_ids"),
+    Gpt2Config: ("input_ids", "attention_mask", "position_ids"),
     LlamaConfig: ("input_ids", "attention_mask", "position_ids"),
 }
 TARGETS = ("labels", "weights", "loss_mask")
@@ -40,6 +42,7 @@ class Family:
 
 FAMILIES: Mapping[str, Family] = {  # by config.json's model_type
     "bert": Family(config=BertConfig, module=Bert, tables=bert.TABLES),
+    "gpt2": Family(config=Gpt2Config, module=Gpt2, tables=gpt2.TABLES),
     "llama": Family(config=LlamaConfig, module=Llama, tables=llama.TABLES),
 }
 
