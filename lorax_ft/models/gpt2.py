@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -74,6 +74,8 @@ FIELD_NAMES = {
 class Gpt2Config:
     """What a GPT-2 is; fields are named as other families', and in config.json by FIELD_NAMES."""
 
+    model_type: ClassVar[str] = "gpt2"
+
     vocab_size: int = 50257
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -132,7 +134,11 @@ class Gpt2Config:
         """The config.json, without the class name that says the task."""
         fields = dataclasses.asdict(self)
         labels = hugging_face.label_fields(fields.pop("label_names"))
-        return {"model_type": "gpt2", **hugging_face.renamed(fields, FIELD_NAMES), **labels}
+        return {
+            "model_type": self.model_type,
+            **hugging_face.renamed(fields, FIELD_NAMES),
+            **labels,
+        }
 
 
 # Of the head for multiple choice, of training in half precision, and of old releases.

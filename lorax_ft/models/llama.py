@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -57,6 +57,8 @@ TABLES = hugging_face.Tables(
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
     """What a LLaMA is; fields as in transformers' config.json."""
+
+    model_type: ClassVar[str] = "llama"
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -143,7 +145,7 @@ class LlamaConfig:
         labels = hugging_face.label_fields(fields.pop("label_names"))
         rotary = _write_rotary(RotaryConfig(**fields.pop("rotary")))
         filled = {"num_key_value_heads": self.kv_heads, "head_dim": self.size_of_head}
-        return {"model_type": "llama", **fields, **filled, **rotary, **labels}
+        return {"model_type": self.model_type, **fields, **filled, **rotary, **labels}
 
 
 _ROTARY_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lorax_ft.models import bert, gpt2, hugging_face, llama
+from lorax_ft.models import encoders, gpt2, hugging_face, llama
 from lorax_ft.models.bert import Bert, BertConfig
 from lorax_ft.models.gpt2 import Gpt2, Gpt2Config
 from lorax_ft.models.layers import Array, ComputeConfig, PyTree
@@ -41,7 +41,10 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {  # by config.json's model_type
-    "bert": Family(config=BertConfig, module=Bert, tables=bert.TABLES),
+    **{
+        model_type: Family(config=BertConfig, module=Bert, tables=variant.tables)
+        for model_type, variant in encoders.VARIANTS.items()
+    },
     "gpt2": Family(config=Gpt2Config, module=Gpt2, tables=gpt2.TABLES),
     "llama": Family(config=LlamaConfig, module=Llama, tables=llama.TABLES),
 }
@@ -72,7 +75,7 @@ class Model:
 
     @property
     def family(self) -> Family:
-        return next(f for f in FAMILIES.values() if f.config is type(self.config))
+        return FAMILIES[self.config.model_type]
 
     @property
     def module(self) -> nn.Module:
@@ -169,9 +172,10 @@ def check_inputs(config: ModelConfig, batch: Mapping[str, Any]) -> None:
     """
     _check_length(config, np.shape(batch["input_ids"])[1])
     limits = {"input_ids": ("vocab_size", config.vocab_size)}
+    limits["position_ids"] = ("max_position_embeddings", config.max_length)
     if isinstance(config, BertConfig):
         limits["token_type_ids"] = ("type_vocab_size", config.type_vocab_size)
-    limits["position_ids"] = ("max_position_embeddings", config.max_length)
+        limits["position_ids"] = ("max_position_embeddings", config.max_position_embeddings)
     for name, (field, limit) in limits.items():
         if batch.get(name) is None:
             continue

@@ -78,7 +78,7 @@ RULES: tuple[Rule, ...] = (
         uneven="replicate",
     ),
     Rule(
-        pattern=r"(.*/)?(pooler|classifier|score)/kernel",
+        pattern=r"(.*/)?(pooler|classifier|score)(/.*)?/kernel",
         spec=PartitionSpec("fsdp", None),
         uneven="replicate",
     ),
