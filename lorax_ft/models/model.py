@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lorax_ft.models import encoders, gpt2, hugging_face, llama
+from lorax_ft.models import decoders, encoders, gpt2, hugging_face
 from lorax_ft.models.bert import Bert, BertConfig
 from lorax_ft.models.gpt2 import Gpt2, Gpt2Config
 from lorax_ft.models.layers import Array, ComputeConfig, PyTree
@@ -46,7 +46,10 @@ FAMILIES: Mapping[str, Family] = {  # by config.json's model_type
         for model_type, variant in encoders.VARIANTS.items()
     },
     "gpt2": Family(config=Gpt2Config, module=Gpt2, tables=gpt2.TABLES),
-    "llama": Family(config=LlamaConfig, module=Llama, tables=llama.TABLES),
+    **{
+        model_type: Family(config=LlamaConfig, module=Llama, tables=variant.tables)
+        for model_type, variant in decoders.VARIANTS.items()
+    },
 }
 
 
