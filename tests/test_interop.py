@@ -36,7 +36,7 @@ CASES = [
         "ptuning",
         "prefix_projection",
     )
-] + [("llama_gqa", "lora"), ("llama_gqa", "lora_all_linear")]
+] + [(name, adapter) for name in ("llama_gqa", "gpt2") for adapter in ("lora", "lora_all_linear")]
 ATOL, RTOL = 2e-4, 1e-4  # the manifest's, for every case here
 
 
@@ -120,7 +120,7 @@ TRAINING = [
 ]
 
 
-@pytest.mark.parametrize(("name", "case"), [*TRAINING, ("llama_gqa", "lora")])
+@pytest.mark.parametrize(("name", "case"), [*TRAINING, ("llama_gqa", "lora"), ("gpt2", "lora")])
 def test_five_steps_of_adamw_equal_those_of_peft(golden, name, case):
     model, base = load(golden, name)
     params, trained = load_peft(golden / name / "adapters" / case, model, base)
