@@ -98,7 +98,7 @@ def add_lora(
     for path in find(params, config.targets, config.exclude, uses, field="LoraConfig.targets"):
         ranks, scales = _ranks_and_scales(path, parameters[path], config, uses)
         if ranks.any():
-            start = _Start(path, parameters[path], config, uses, quantization, _key_of(key, path))
+            start = _Start(path, parameters[path], config, uses, quantization, path_key(key, path))
             adapted[path] = start.leaf(ranks, scales)
     if not adapted:
         raise ValueError(f"LoraConfig.layers: {config.layers} leaves no layer of the targets.")
@@ -125,18 +125,24 @@ def set_dropout_key(params: Any, key: jax.Array | None) -> Any:
     dropped."""
 
     def set_key(path: tuple[Any, ...], value: Any) -> Any:
-        if not isinstance(value, LoRA) or value.dropout is None:
+        if not _has_dropout(value) or value.dropout is None:
             return value
         if key is None:
             return value.replace(key=None)
         return value.replace(
-            key=jax.random.split(_key_of(key, trees.path_name(path)), value.stack_shape)
+            key=jax.random.split(path_key(key, trees.path_name(path)), value.stack_shape)
         )
 
-    return jax.tree_util.tree_map_with_path(set_key, params, is_leaf=lambda v: isinstance(v, LoRA))
+    return jax.tree_util.tree_map_with_path(set_key, params, is_leaf=_has_dropout)
 
 
-def _key_of(key: jax.Array, path: str) -> jax.Array:
+def _has_dropout(value: Any) -> bool:
+    """Whether a value is a leaf that drops inputs of its factors: LoRA and what is made from it."""
+    return isinstance(value, Leaf) and hasattr(value, "dropout")
+
+
+def path_key(key: jax.Array, path: str) -> jax.Array:
+    """A parameter's own key, folded from its path."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
