@@ -1,15 +1,26 @@
 """Fine-tuning methods: pure rewrites of a parameter tree. A new one is a file and a row in
 `METHODS`."""
 
+from lorax_ft.methods.adapter_sets import (
+    AdapterSet,
+    adapter_index,
+    check_index,
+    mix,
+    select,
+    set_index,
+    stack_adapters,
+)
 from lorax_ft.methods.dora import DoRA
 from lorax_ft.methods.lora import LoraConfig, add_lora, set_dropout_key
 from lorax_ft.methods.lora_leaf import LoRA
 from lorax_ft.methods.merging import Drift, drift, merge, unmerge
+from lorax_ft.methods.mixed_lora import MixedLoRA
 from lorax_ft.methods.selection import BitFitConfig, FullConfig, HeadConfig
 from lorax_ft.methods.table import METHODS, Method, add_methods
 
 __all__ = [
     "METHODS",
+    "AdapterSet",
     "BitFitConfig",
     "DoRA",
     "Drift",
@@ -18,10 +29,17 @@ __all__ = [
     "LoRA",
     "LoraConfig",
     "Method",
+    "MixedLoRA",
+    "adapter_index",
     "add_lora",
     "add_methods",
+    "check_index",
     "drift",
     "merge",
+    "mix",
+    "select",
     "set_dropout_key",
+    "set_index",
+    "stack_adapters",
     "unmerge",
 ]
