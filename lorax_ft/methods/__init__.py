@@ -10,6 +10,7 @@ from lorax_ft.methods.adapter_sets import (
     set_index,
     stack_adapters,
 )
+from lorax_ft.methods.combining import COMBINATIONS, CombinationConfig, combine_adapters
 from lorax_ft.methods.dora import DoRA
 from lorax_ft.methods.lora import LoraConfig, add_lora, set_dropout_key
 from lorax_ft.methods.lora_leaf import LoRA
@@ -19,9 +20,11 @@ from lorax_ft.methods.selection import BitFitConfig, FullConfig, HeadConfig
 from lorax_ft.methods.table import METHODS, Method, add_methods
 
 __all__ = [
+    "COMBINATIONS",
     "METHODS",
     "AdapterSet",
     "BitFitConfig",
+    "CombinationConfig",
     "DoRA",
     "Drift",
     "FullConfig",
@@ -34,6 +37,7 @@ __all__ = [
     "add_lora",
     "add_methods",
     "check_index",
+    "combine_adapters",
     "drift",
     "merge",
     "mix",
