@@ -1,6 +1,17 @@
 """Fine-tuning methods: pure rewrites of a parameter tree. A new one is a file and a row in
 `METHODS`."""
 
+from lorax_ft.methods.adalora import (
+    AdaLoRA,
+    AdaLoraConfig,
+    Allocation,
+    add_adalora,
+    allocate,
+    as_lora,
+    budget_schedule,
+    orthogonality,
+    start_allocation,
+)
 from lorax_ft.methods.adapter_sets import (
     AdapterSet,
     adapter_index,
@@ -22,7 +33,10 @@ from lorax_ft.methods.table import METHODS, Method, add_methods
 __all__ = [
     "COMBINATIONS",
     "METHODS",
+    "AdaLoRA",
+    "AdaLoraConfig",
     "AdapterSet",
+    "Allocation",
     "BitFitConfig",
     "CombinationConfig",
     "DoRA",
@@ -34,16 +48,22 @@ __all__ = [
     "Method",
     "MixedLoRA",
     "adapter_index",
+    "add_adalora",
     "add_lora",
     "add_methods",
+    "allocate",
+    "as_lora",
+    "budget_schedule",
     "check_index",
     "combine_adapters",
     "drift",
     "merge",
     "mix",
+    "orthogonality",
     "select",
     "set_dropout_key",
     "set_index",
     "stack_adapters",
+    "start_allocation",
     "unmerge",
 ]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lorax_ft import trees
 from lorax_ft.leaves import dense, is_leaf
 from lorax_ft.lift import lift
+from lorax_ft.methods.adalora import AdaLoRA
 from lorax_ft.methods.dora import DoRA
 from lorax_ft.methods.lora import set_dropout_key
 from lorax_ft.methods.lora_leaf import LoRA
@@ -46,7 +47,7 @@ def unmerge(merged: Any, params: Any) -> Any:
             raise ValueError(
                 f"unmerge: {path} is a DoRA leaf, whose merge cannot be undone. Keep its base."
             )
-        if not isinstance(value, LoRA):
+        if not isinstance(value, (LoRA, AdaLoRA)):
             return arrays[path]
         update = value.replace(base=jnp.zeros(value.shape, value.dtype)).dense()
         return value.replace(base=arrays[path] - update.astype(arrays[path].dtype))
