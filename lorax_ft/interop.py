@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_ft import trees
+from lorax_ft.leaves import Leaf
 from lorax_ft.methods.dora import DoRA
 from lorax_ft.methods.lora_leaf import LoRA
 from lorax_ft.models.hugging_face import SUFFIXES, split_layer
@@ -123,6 +124,7 @@ def _adapter_tensors(
     tensors, modules = {}, {}
     for path, value in trees.flatten(params).items():
         if not isinstance(value, (LoRA, DoRA)):
+            _check_no_adapter(path, value)
             continue
         lora = value.base if isinstance(value, DoRA) else value
         for index in np.ndindex(lora.stack_shape):
@@ -139,6 +141,15 @@ def _adapter_tensors(
             if isinstance(value, DoRA):
                 tensors[f"{name}.lora_magnitude_vector"] = np.asarray(value.magnitude[index])
     return tensors, modules
+
+
+def _check_no_adapter(path: str, value: Any) -> None:
+    """Raises ValueError for a leaf with trained fields, which would be left out."""
+    if isinstance(value, Leaf) and value.trainable_count():
+        raise ValueError(
+            f"save_peft: {path} is a {trees.kind(value)} leaf, which PEFT's LoRA does not have. "
+            "Make it LoRA first: as_lora(params) for AdaLoRA, select(adapters, name) for MixedLoRA."
+        )
 
 
 def _plain_tensors(
