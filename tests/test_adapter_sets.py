@@ -1,17 +1,22 @@
 """Many adapters on one base: a mixed batch equals separate runs, and a swap compiles nothing."""
 
+import pathlib
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from lorax_ft import trees
+from lorax_ft.inspection import inspect
 from lorax_ft.lift import lift
 from lorax_ft.methods import (
     LoraConfig,
     adapter_index,
     add_lora,
+    index_from_inputs,
     merge,
     mix,
     select,
@@ -19,7 +24,9 @@ from lorax_ft.methods import (
     set_index,
     stack_adapters,
 )
+from lorax_ft.models import hub
 from lorax_ft.quantization import QuantizationConfig, quantize
+from lorax_ft.training import OBJECTIVES, make_train_step
 
 D, IDS = 8, jax.random.randint(jax.random.key(5), (10, 3), 0, 7)
 TARGETS = r".*/(embedding|kernel)"
@@ -196,6 +203,70 @@ def test_heads_of_their_own_are_swapped_and_refused_in_a_mix():
         chex.assert_trees_all_equal(select(together, name)["classifier"], params["classifier"])
     with pytest.raises(ValueError, match="differ in classifier/kernel"):
         mix(together, np.zeros(10, np.int32))
+
+
+@pytest.fixture(scope="module")
+def bert():
+    """A tiny BERT, three adapters on all its linear layers, and a batch that mixes them."""
+    folder = pathlib.Path(__file__).parent / "golden" / "models" / "bert_token_classification"
+    model, params = hub.load(folder)
+    tokens = jax.random.randint(jax.random.key(0), (6, 5), 1, 60)
+    inputs = {"input_ids": tokens, "attention_mask": jnp.ones((6, 5), jnp.int32)}
+    uses = inspect(model.apply, params, inputs)
+    together = stack_adapters(
+        {
+            name: trained(add_lora(params, LoraConfig(rank=i + 1), jax.random.key(i), uses), i)
+            for i, name in enumerate("abc")
+        }
+    )
+    return model, together, inputs, jnp.array([2, 0, 1, -1, 2, 2], jnp.int32)
+
+
+def test_all_linear_layers_of_bert_take_a_mixed_batch(bert):
+    model, together, inputs, index = bert
+    apply = jax.jit(lift(model.apply))
+    mixed = apply(mix(together, index), inputs)
+    for number, name in enumerate(together.names):
+        mine = np.equal(index, number)
+        alone = apply(select(together, name), inputs)
+        np.testing.assert_allclose(mixed[mine], alone[mine], rtol=1e-4, atol=1e-4)
+
+
+def test_a_training_step_takes_the_index_with_its_batch_and_cuts_both_alike(bert):
+    model, together, inputs, index = bert
+    lifted = index_from_inputs(lift(model.apply))
+    labels = jax.random.randint(jax.random.key(1), (6, 5), 0, 5)
+    batch = inputs | {"adapter": index, "labels": labels}
+    results = []
+    for accumulation in (1, 2):
+        step = make_train_step(
+            lambda params, inputs, key: lifted(params, inputs),
+            OBJECTIVES["token_classification"],
+            optax.sgd(0.1),
+            accumulation=accumulation,
+        )
+        train, frozen = trees.partition(jax.tree.map(jnp.copy, together.params))
+        results.append(step(train, optax.sgd(0.1).init(train), frozen, batch, jax.random.key(0))[0])
+    whole, parts = results
+    chex.assert_trees_all_close(whole, parts, rtol=1e-4, atol=1e-5)
+    moved = jax.tree.map(
+        lambda before, after: jnp.max(jnp.abs(after - before)),
+        trees.partition(together.params)[0],
+        whole,
+    )
+    assert max(jax.tree.leaves(moved)) > 1e-3
+
+
+def test_inputs_without_an_index_for_each_example_are_refused():
+    run = index_from_inputs(lift(lambda params, inputs: inputs["x"] @ params))
+    with pytest.raises(ValueError, match=r"\['x'\] hold no 'adapter'"):
+        run(None, {"x": x_of(4)})
+    with pytest.raises(ValueError, match=r"x is \[4, 8\] and adapter \[2\]"):
+        run(None, {"x": x_of(4), "adapter": jnp.zeros(2, jnp.int32)})
+
+
+def x_of(rows):
+    return jnp.ones((rows, D))
 
 
 def changed(path, function):

@@ -5,17 +5,16 @@
     index = adapter_index(adapters, ["en", "de", None, "de"])       # None: the base alone
     lift(apply)(mix(adapters, index), inputs)                       # four examples, one batch
 
-`mix` and `set_index` are made of array operations, so a training step takes the index with its
-batch: `loss(train, frozen, batch) = ... lift(apply)(set_index(combine(train, frozen),
-batch["adapter"]), ...)`. An index belongs to exactly the examples that the model is given: where a
-batch is cut into smaller ones, cut the index with it.
+An index belongs to exactly the examples that the model is given. A training step therefore takes it
+with the batch, as one more of its arrays: `index_from_inputs(apply)` is the `apply` for that, with
+which a batch may also be cut up for gradient accumulation.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -124,6 +123,31 @@ def set_index(params: Any, index: Any) -> Any:
         return leaf.replace(index=jnp.broadcast_to(index, (*leaf.stack_shape, *index.shape)))
 
     return _map_mixed(chosen, params)
+
+
+def index_from_inputs(apply: Callable[..., Any], name: str = "adapter") -> Callable[..., Any]:
+    """`apply(params, inputs, ...)` whose inputs, a dictionary of arrays `[batch, ...]`, also hold
+    the adapter index `[batch]` under `name`.
+
+    `apply` is lifted, and does not see the index. Raises ValueError where the inputs hold no such
+    array, and where another of them is not as long.
+    """
+
+    @functools.wraps(apply)
+    def indexed(params: Any, inputs: Mapping[str, Any], *rest: Any, **options: Any) -> Any:
+        if name not in inputs:
+            raise ValueError(f"index_from_inputs: the inputs {sorted(inputs)} hold no {name!r}.")
+        index = inputs[name]
+        others = {key: value for key, value in inputs.items() if key != name}
+        for key, value in others.items():
+            if value.shape[0] != index.shape[0]:
+                raise ValueError(
+                    f"index_from_inputs: {key} is {list(value.shape)} and {name} "
+                    f"{list(index.shape)}; expected one adapter for each example."
+                )
+        return apply(set_index(params, index), others, *rest, **options)
+
+    return indexed
 
 
 def check_index(index: Any, adapters: int) -> Array:
