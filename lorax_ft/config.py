@@ -15,7 +15,14 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from lorax_ft.data import DataConfig
-from lorax_ft.methods import METHODS, BitFitConfig, FullConfig, HeadConfig, LoraConfig
+from lorax_ft.methods import (
+    METHODS,
+    AdaLoraConfig,
+    BitFitConfig,
+    FullConfig,
+    HeadConfig,
+    LoraConfig,
+)
 from lorax_ft.models import ComputeConfig
 from lorax_ft.quantization import QuantizationConfig
 from lorax_ft.training import MeshConfig, OptimizerConfig, TrainConfig
@@ -43,6 +50,7 @@ class ExperimentConfig:
     data: DataConfig
     quantization: QuantizationConfig | None = None
     lora: LoraConfig | None = None
+    adalora: AdaLoraConfig | None = None
     bitfit: BitFitConfig | None = None
     head: HeadConfig | None = None
     full: FullConfig | None = None

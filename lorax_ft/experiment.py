@@ -153,9 +153,10 @@ def _fit(experiment: Experiment, directory: pathlib.Path) -> training.FitResult:
     batches = TrainBatches(
         dataset.train, config.data.loader, pad_id=dataset.pad_id, seed=config.seed
     )
-    tx = training.build_optimizer(
-        config.optimizer, config.train.total_steps(batches.steps_per_epoch)
-    )
+    total_steps = config.train.total_steps(batches.steps_per_epoch)
+    tx = training.build_optimizer(config.optimizer, total_steps)
+    if config.adalora is not None:
+        tx = training.allocate_budget(tx, config.adalora, total_steps)
     train, opt_state, shardings = experiment.train, tx.init(experiment.train), None
     if adapted.mesh is not None:
         opt_state = training.replicate(opt_state, adapted.mesh)
@@ -221,17 +222,18 @@ def _save(experiment: Experiment, directory: pathlib.Path, train: PyTree) -> Non
         base=adapted.base,
     )
     runs.save_adapter(directory / runs.ADAPTER, train, record)
-    lora = experiment.config.lora
-    if lora is not None and lora.initialization not in DECOMPOSITIONS:  # which change the base
+    lora, adalora = experiment.config.lora, experiment.config.adalora
+    starts = None if lora is None else lora.initialization
+    if (lora or adalora) and starts not in DECOMPOSITIONS:  # which change the base
         shutil.rmtree(directory / runs.PEFT, ignore_errors=True)  # of a session that broke off
         interop.save_peft(
             directory / runs.PEFT,
             adapted.model,
-            trees.combine(train, experiment.frozen),
+            methods.as_lora(trees.combine(train, experiment.frozen)),
             adapted.trainable,
             base_name=experiment.config.model.path,
-            dropout=lora.dropout,
-            rslora=lora.rslora,
+            dropout=max(config.dropout for config in (lora, adalora) if config),
+            rslora=lora is not None and lora.rslora,
         )
     plots.plot_run(
         records.read_records(directory),

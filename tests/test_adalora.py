@@ -16,7 +16,9 @@ from lorax_ft.lift import lift
 from lorax_ft.methods import (
     AdaLoRA,
     AdaLoraConfig,
+    LoraConfig,
     add_adalora,
+    add_lora,
     allocate,
     as_lora,
     budget_schedule,
@@ -35,7 +37,6 @@ CONFIG = AdaLoraConfig(
     target_rank=2,
     warmup_steps=2,
     final_steps=3,
-    total_steps=14,
     interval=2,
     beta1=0.8,
     beta2=0.7,
@@ -77,6 +78,12 @@ def test_a_fresh_update_is_the_identity_and_merging_keeps_the_trained_output():
     )
     again = unmerge(merge(trained), trained)
     np.testing.assert_allclose(again["out"]["kernel"].base, base()["out"]["kernel"], atol=1e-5)
+
+
+def test_a_second_adapter_on_one_kernel_is_refused():
+    params = add_adalora(base(), CONFIG, KEY)
+    with pytest.raises(ValueError, match="layers/kernel has a AdaLoRA adapter already"):
+        add_lora(params, LoraConfig(targets=".*kernel"), KEY)
 
 
 def test_gradients_are_those_of_the_dense_kernel():
@@ -121,13 +128,13 @@ def tree(golden, step, suffix=""):
 def test_the_allocation_is_pefts_at_every_step_in_one_program():
     golden = np.load(GOLDEN)
     allocation = start_allocation(add_adalora(base(), CONFIG, KEY))
-    budgets = budget_schedule(CONFIG, 12)
+    budgets = budget_schedule(CONFIG, 12, 14)
     step_once = jax.jit(
         chex.assert_max_traces(
-            lambda train, slopes, state, step: allocate(train, slopes, state, step, CONFIG), n=1
+            lambda train, slopes, state, step: allocate(train, slopes, state, step, CONFIG, 14), n=1
         )
     )
-    for step in range(CONFIG.total_steps):
+    for step in range(14):
         train, allocation = step_once(
             tree(golden, step), tree(golden, step, ".gradient"), allocation, step
         )
@@ -171,12 +178,17 @@ def test_orthogonality_is_the_mean_distance_and_has_a_gradient_where_it_is_zero(
         ({"target_rank": 5, "rank": 4}, "target_rank must be from 1 to rank"),
         ({"beta1": 1.0}, r"beta1 must be in \(0, 1\)"),
         ({"interval": 0}, "interval must be at least 1"),
-        ({"total_steps": 5, "warmup_steps": 3, "final_steps": 2}, "total_steps"),
+        ({"warmup_steps": -1}, "steps not negative"),
     ],
 )
 def test_bad_settings_name_the_field(options, message):
     with pytest.raises(ValueError, match=message):
         AdaLoraConfig(**options)
+
+
+def test_a_run_without_a_step_for_the_budget_to_fall_in_is_refused():
+    with pytest.raises(ValueError, match=r"2 warmup_steps and 3 final_steps .* the run's 5"):
+        budget_schedule(CONFIG, 12, 5)
 
 
 def test_params_without_the_leaf_are_told():

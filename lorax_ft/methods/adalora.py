@@ -6,11 +6,11 @@ update is `scale * (a.T * values) @ b`. While training, each triplet of a singul
 vectors is scored by how sensitive the loss is to it; the values of the lowest are set to zero, more
 of them as the budget falls. Numbers as in Hugging Face PEFT 0.21 (`peft/tuners/adalora/layer.py`).
 
-A training step with it:
+A training step with it, for which `training.allocate_budget` makes one of any optimizer:
 
     loss = task_loss + config.orthogonality_weight * orthogonality(params)
     train = optax.apply_updates(train, updates)
-    train, allocation = allocate(train, gradients, allocation, step, config)
+    train, allocation = allocate(train, gradients, allocation, step, config, total_steps)
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ class AdaLoraConfig:
     dropout: float = 0.0
     warmup_steps: int = 0  # with the whole budget
     final_steps: int = 0  # with the last budget, its places fixed
-    total_steps: int = 1000  # of the whole training
     interval: int = 1  # steps from one allocation to the next
     beta1: float = 0.85  # of the average of sensitivity
     beta2: float = 0.85  # of the average of its uncertainty
@@ -68,12 +67,6 @@ class AdaLoraConfig:
             raise ValueError(
                 "AdaLoraConfig: interval must be at least 1 and steps not negative, got "
                 f"{self.interval}, {self.warmup_steps}, {self.final_steps}."
-            )
-        if self.warmup_steps >= self.total_steps - self.final_steps:
-            raise ValueError(
-                f"AdaLoraConfig.total_steps: {self.total_steps} steps less {self.final_steps} "
-                f"final ones leave none after {self.warmup_steps} of warm-up for the budget to "
-                "fall in."
             )
 
 
@@ -242,17 +235,23 @@ def start_allocation(params: Any) -> Allocation:
 
 
 def allocate(
-    train: Any, gradients: Any, allocation: Allocation, step: Any, config: AdaLoraConfig
+    train: Any,
+    gradients: Any,
+    allocation: Allocation,
+    step: Any,
+    config: AdaLoraConfig,
+    total_steps: int,
 ) -> tuple[Any, Allocation]:
     """One step's scores, and where it is due the allocation of the budget, after the optimizer's
     update.
 
     `train` is the trainable half (or the params) with that update in it, `gradients` are those it
-    was made from, `step` counts from 0 and may be traced. Values without budget are set to zero;
-    until the budget is final they may grow again. Returns the trainable half and the new state.
+    was made from, `step` counts to `total_steps` and may be traced. Values without budget are set
+    to zero; until the budget is final they may grow again. Returns the trainable half and the new
+    state.
     """
     leaves, slopes = _adalora_leaves(train), _adalora_leaves(gradients)
-    end = config.total_steps - config.final_steps
+    end = total_steps - config.final_steps
     step = jnp.asarray(step, jnp.int32)
     averages = {
         path: _averaged(
@@ -271,8 +270,9 @@ def allocate(
     )
     due = ((step > config.warmup_steps) & learning & (step % config.interval == 0)) | (step == end)
     scores = {path: _scores(sensitivity[path], uncertainty[path]) for path in leaves}
-    budgets = jnp.asarray(budget_schedule(config, sum(s.size for s in scores.values())))
-    threshold = _threshold(scores, budgets[jnp.clip(step, 0, config.total_steps)])
+    count = sum(score.size for score in scores.values())
+    budgets = jnp.asarray(budget_schedule(config, count, total_steps))
+    threshold = _threshold(scores, budgets[jnp.clip(step, 0, total_steps)])
     active = {
         path: jnp.where(due, scores[path] > threshold, allocation.active[path]) for path in leaves
     }
@@ -286,15 +286,21 @@ def allocate(
     return trees.with_fields(train, changed), Allocation(sensitivity, uncertainty, active)
 
 
-def budget_schedule(config: AdaLoraConfig, initial: int) -> np.ndarray:
+def budget_schedule(config: AdaLoraConfig, initial: int, total_steps: int) -> np.ndarray:
     """How many singular values of `initial` are kept at steps 0 to `total_steps`, int32.
 
     Equation 12 of the paper: all until `warmup_steps`, then falling with the cube of what is left,
-    to `target_rank / rank` of them for `final_steps`.
+    to `target_rank / rank` of them for `final_steps`. Raises ValueError where no step is left for
+    it to fall in.
     """
+    falling = total_steps - config.final_steps - config.warmup_steps
+    if falling < 1:
+        raise ValueError(
+            f"AdaLoraConfig: {config.warmup_steps} warmup_steps and {config.final_steps} "
+            f"final_steps leave none of the run's {total_steps} for the budget to fall in."
+        )
     target = initial // config.rank * config.target_rank
-    steps = np.arange(config.total_steps + 1, dtype=np.float64)
-    falling = config.total_steps - config.final_steps - config.warmup_steps
+    steps = np.arange(total_steps + 1, dtype=np.float64)
     left = np.clip(1 - (steps - config.warmup_steps) / falling, 0.0, 1.0)
     return np.floor((initial - target) * left**3 + target).astype(np.int32)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from lorax_ft.methods import lora, selection
+from lorax_ft.methods import adalora, lora, selection
 from lorax_ft.methods.targets import Uses
 from lorax_ft.quantization import QuantizationConfig
 
@@ -30,6 +30,7 @@ class Method:
 
 METHODS = {
     "lora": Method(lora.LoraConfig, lora.add_lora, lora.trained_beside),
+    "adalora": Method(adalora.AdaLoraConfig, adalora.add_adalora, adalora.trained_beside),
     "bitfit": Method(selection.BitFitConfig, None, selection.biases),
     "head": Method(selection.HeadConfig, None, selection.head),
     "full": Method(selection.FullConfig, None, selection.all_arrays),
