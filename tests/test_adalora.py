@@ -3,6 +3,7 @@
 golden/make_adapters.py made PEFT's numbers.
 """
 
+import dataclasses
 import pathlib
 
 import chex
@@ -80,8 +81,10 @@ def test_a_fresh_update_is_the_identity_and_merging_keeps_the_trained_output():
     np.testing.assert_allclose(again["out"]["kernel"].base, base()["out"]["kernel"], atol=1e-5)
 
 
-def test_a_second_adapter_on_one_kernel_is_refused():
+def test_a_second_adapter_on_one_kernel_and_an_unknown_target_are_refused():
     params = add_adalora(base(), CONFIG, KEY)
+    with pytest.raises(ValueError, match=r"AdaLoraConfig\.targets: no module is named 'q'"):
+        add_adalora(params, dataclasses.replace(CONFIG, targets=("q",)), KEY)
     with pytest.raises(ValueError, match="layers/kernel has a AdaLoRA adapter already"):
         add_lora(params, LoraConfig(targets=".*kernel"), KEY)
 

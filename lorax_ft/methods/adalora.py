@@ -16,6 +16,7 @@ A training step with it, for which `training.allocate_budget` makes one of any o
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,7 +29,7 @@ from lorax_ft import trees
 from lorax_ft.leaves import Array, Leaf, leaf, static_field
 from lorax_ft.methods.lora import LoraConfig, add_lora, path_key
 from lorax_ft.methods.lora_leaf import LoRA
-from lorax_ft.methods.targets import ALL_LINEAR, Targets, Uses, modules
+from lorax_ft.methods.targets import ALL_LINEAR, Targets, Uses, find, modules
 from lorax_ft.quantization import QuantizationConfig
 
 
@@ -160,9 +161,9 @@ def add_adalora(
     until it is trained. Raises ValueError where nothing matches, and for a target that has an
     adapter already.
     """
+    targets = find(params, config.targets, config.exclude, uses, field="AdaLoraConfig.targets")
     lora = LoraConfig(
-        targets=config.targets,
-        exclude=config.exclude,
+        targets="|".join(map(re.escape, targets)),
         rank=config.rank,
         alpha=config.alpha,
         dropout=config.dropout,
