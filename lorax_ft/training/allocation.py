@@ -45,12 +45,12 @@ def allocate_budget(
     def init(params: Any) -> AllocationState:
         return AllocationState(tx.init(params), start_allocation(params), jnp.zeros((), jnp.int32))
 
-    def update(gradients: Any, state: AllocationState, params: Any = None):
+    def update(updates: Any, state: Any, params: Any = None):
         if params is None:
             raise ValueError("allocate_budget: update needs the parameters; pass params.")
         pull = jax.grad(orthogonality)(params)
         gradients = jax.tree.map(
-            lambda g, p: g + (config.orthogonality_weight * p).astype(g.dtype), gradients, pull
+            lambda g, p: g + (config.orthogonality_weight * p).astype(g.dtype), updates, pull
         )
         updates, inner = tx.update(gradients, state.inner, params)
         moved = optax.apply_updates(params, updates)
