@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 from lorax_ft.data import DataConfig
 from lorax_ft.methods import (
     METHODS,
+    AdaLoraConfig,
     AdapterConfig,
     BitFitConfig,
     FullConfig,
@@ -57,6 +58,7 @@ class ExperimentConfig:
     data: DataConfig
     quantization: QuantizationConfig | None = None
     lora: LoraConfig | None = None
+    adalora: AdaLoraConfig | None = None
     vera: VeraConfig | None = None
     ia3: IA3Config | None = None
     adapters: AdapterConfig | None = None

@@ -153,9 +153,10 @@ def _fit(experiment: Experiment, directory: pathlib.Path) -> training.FitResult:
     batches = TrainBatches(
         dataset.train, config.data.loader, pad_id=dataset.pad_id, seed=config.seed
     )
-    tx = training.build_optimizer(
-        config.optimizer, config.train.total_steps(batches.steps_per_epoch)
-    )
+    total_steps = config.train.total_steps(batches.steps_per_epoch)
+    tx = training.build_optimizer(config.optimizer, total_steps)
+    if config.adalora is not None:
+        tx = training.allocate_budget(tx, config.adalora, total_steps)
     train, opt_state, shardings = experiment.train, tx.init(experiment.train), None
     if adapted.mesh is not None:
         opt_state = training.replicate(opt_state, adapted.mesh)
@@ -232,10 +233,15 @@ def _save(experiment: Experiment, directory: pathlib.Path, train: PyTree) -> Non
 
 def _export(experiment: Experiment, directory: pathlib.Path, params: PyTree) -> None:
     """Writes the adapter as a PEFT directory, where PEFT has a word for it."""
-    lora = experiment.config.lora
-    adapts = any(value is not None for value in (lora, *_peft_sections(experiment.config)))
-    decomposed = lora is not None and lora.initialization in DECOMPOSITIONS  # changes the base
-    if not adapts or decomposed or not interop.can_save(params):
+    config = experiment.config
+    low_rank = [section for section in (config.lora, config.adalora) if section is not None]
+    others = (config.ia3, config.prompt, config.p_tuning, config.prefix)
+    if not low_rank and not any(others):
+        return
+    if config.lora is not None and config.lora.initialization in DECOMPOSITIONS:
+        return  # it changes the base
+    params = methods.as_lora(params)
+    if not interop.can_save(params):
         return
     shutil.rmtree(directory, ignore_errors=True)  # of a session that broke off
     interop.save_peft(
@@ -243,14 +249,10 @@ def _export(experiment: Experiment, directory: pathlib.Path, params: PyTree) -> 
         experiment.adapted.model,
         params,
         experiment.adapted.trainable,
-        base_name=experiment.config.model.path,
-        dropout=lora.dropout if lora else 0.0,
-        rslora=lora.rslora if lora else False,
+        base_name=config.model.path,
+        dropout=max((section.dropout for section in low_rank), default=0.0),
+        rslora=config.lora is not None and config.lora.rslora,
     )
-
-
-def _peft_sections(config: ExperimentConfig) -> tuple[Any, ...]:
-    return config.ia3, config.prompt, config.p_tuning, config.prefix
 
 
 def _baseline(experiment: Experiment) -> float | None:

@@ -10,6 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 from lorax_ft import adapted, experiment, finished, trees
 from lorax_ft.config import ExperimentConfig, parse
+from lorax_ft.interop import load_peft
+from lorax_ft.lift import lift
+from lorax_ft.methods import AdaLoRA
 from lorax_ft.models import BertConfig, LlamaConfig, build, hub
 
 WORDS = [
@@ -239,6 +242,28 @@ def test_a_classifier_trains_its_head_beside_any_method(folder):
 
     assert any(trees.matches("classifier/kernel", p) for p in found.trainable)
     assert not any(trees.matches("pooler/kernel", p) for p in found.trainable)
+
+
+def test_an_adalora_run_ends_within_its_budget_and_goes_out_as_lora(folder, tmp_path):
+    config = classification(
+        folder,
+        lora=None,
+        adalora={"targets": ("query", "value"), "rank": 3, "target_rank": 1, "final_steps": 2},
+        train={"steps": 8, "checkpoint_every": 4, "progress_bar": False, "tensorboard": False},
+    )
+    results = experiment.train(config, tmp_path / "run")
+    params, apply = finished.restore(tmp_path / "run")
+    leaves = [value for value in trees.flatten(params).values() if isinstance(value, AdaLoRA)]
+    assert sum(np.count_nonzero(leaf.values) for leaf in leaves) == 2 * 2
+    assert results["outcome"] == "finished"
+
+    key, _ = jax.random.split(jax.random.key(config.seed))  # of the pooler, which is not trained
+    task = {"task": "sequence_classification", "num_labels": 2}
+    model, base = hub.load(folder / "bert", **task, key=key)
+    inputs = {"input_ids": np.array([[4, 10, 7, 5], [8, 6, 5, 11]], np.int32)}
+    lora, _ = load_peft(tmp_path / "run" / "peft", model, base)
+    got, want = lift(model.apply)(lora, inputs), apply(params, inputs)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_a_missing_package_is_named_with_its_remedy():

@@ -12,7 +12,7 @@ import pytest
 from lorax_ft import trees
 from lorax_ft.interop import load_peft, save_peft
 from lorax_ft.lift import lift
-from lorax_ft.methods import merge
+from lorax_ft.methods import merge, select, stack_adapters
 from lorax_ft.models import hub
 from lorax_ft.training.objectives import OBJECTIVES
 from lorax_ft.training.optimizers import OptimizerConfig, build_optimizer
@@ -305,3 +305,14 @@ def test_an_export_overwrites_nothing(golden, tmp_path):
     with pytest.raises(ValueError, match="not empty: nothing is overwritten"):
         save_peft(tmp_path, model, params, trained)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_leaf_that_a_peft_directory_cannot_hold_is_refused_and_its_parts_go_out(golden, tmp_path):
+    model, base = load(golden, "bert_seqcls")
+    source = golden / "bert_seqcls" / "adapters" / "lora"
+    params, trained = load_peft(source, model, base)
+    adapters = stack_adapters({"one": params})
+    with pytest.raises(ValueError, match=r"is a MixedLoRA leaf.*select\(adapters, name\)"):
+        save_peft(tmp_path / "mixed", model, adapters.params, trained)
+    save_peft(tmp_path / "one", model, select(adapters, "one"), trained)
+    assert tensors_of(tmp_path / "one") == tensors_of(source)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_ft import trees
-from lorax_ft.leaves import as_matrix, from_matrix, is_leaf
+from lorax_ft.leaves import Leaf, as_matrix, from_matrix, is_leaf
 from lorax_ft.methods import initialization as init
 from lorax_ft.methods.dora import DoRA, add_magnitude
 from lorax_ft.methods.lora_leaf import LoRA
@@ -156,7 +156,7 @@ class _Start:
     def leaf(self, ranks: np.ndarray, scales: np.ndarray) -> LoRA | DoRA:
         """The leaf with factors of the largest rank, padded by zero rows where a layer's is
         lower."""
-        if isinstance(self.base, (LoRA, DoRA)):
+        if isinstance(self.base, Leaf) and self.base.trainable:
             raise ValueError(
                 f"LoraConfig.targets: {self.path} has a {trees.kind(self.base)} adapter already."
             )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lorax_ft import trees
 from lorax_ft.leaves import dense, is_leaf
 from lorax_ft.lift import lift
+from lorax_ft.methods.adalora import AdaLoRA
 from lorax_ft.methods.dropping import set_dropout_key
 from lorax_ft.methods.ia3 import IA3, IA3Bias
 from lorax_ft.methods.lora_leaf import LoRA
@@ -55,7 +56,7 @@ def unmerge(merged: Any, params: Any) -> Any:
     arrays = trees.flatten(merged)
 
     def unmerged(path: str, value: Any) -> Any:
-        if not isinstance(value, LoRA):
+        if not isinstance(value, (LoRA, AdaLoRA)):
             if not is_leaf(value) or not hasattr(value, "base"):
                 return arrays[path]
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from lorax_ft.methods import adapters, added_bias, ia3, lora, prompts, selection, vera
+from lorax_ft.methods import adalora, adapters, added_bias, ia3, lora, prompts, selection, vera
 from lorax_ft.methods.targets import Uses
 from lorax_ft.quantization import QuantizationConfig
 
@@ -30,6 +30,7 @@ class Method:
 
 METHODS = {
     "lora": Method(lora.LoraConfig, lora.add_lora, lora.trained_beside),
+    "adalora": Method(adalora.AdaLoraConfig, adalora.add_adalora, adalora.trained_beside),
     "vera": Method(vera.VeraConfig, vera.add_vera, vera.trained_beside),
     "ia3": Method(ia3.IA3Config, ia3.add_ia3, ia3.trained_beside),
     "adapters": Method(adapters.AdapterConfig, adapters.add_adapters, adapters.trained_beside),

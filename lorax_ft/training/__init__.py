@@ -1,5 +1,6 @@
 """Training: objectives, optimizers, sharding, the step, checkpoints and the loop."""
 
+from lorax_ft.training.allocation import AllocationState, allocate_budget
 from lorax_ft.training.checkpoints import Identity, Snapshot, Store, open_store
 from lorax_ft.training.loop import Batches, FitResult, Progress, TrainConfig, fit
 from lorax_ft.training.objectives import OBJECTIVES, Objective
@@ -25,6 +26,7 @@ from lorax_ft.training.step import make_eval_step, make_train_step
 __all__ = [
     "OBJECTIVES",
     "RULES",
+    "AllocationState",
     "Batches",
     "FitResult",
     "Identity",
@@ -36,6 +38,7 @@ __all__ = [
     "Snapshot",
     "Store",
     "TrainConfig",
+    "allocate_budget",
     "build_optimizer",
     "fit",
     "make_eval_step",
