@@ -144,7 +144,7 @@ def test_methods_compose_on_one_model():
     ]
     params, trainable = methods.add_methods(params, configs, KEY, uses)
     kinds = {trees.kind(value) for value in trees.flatten(params).values()}
-    assert kinds == {"array", "NF4", "LoRA(NF4)", "IA3(NF4)", "Adapter"}
+    assert kinds == {"array", "LoRA", "LoRA(NF4)", "IA3(NF4)", "Adapter"}
     logits = lift(apply)(params, inputs())
     np.testing.assert_allclose(
         logits, lift(apply)(base("bert", True, True)[1], inputs()), atol=1e-5
