@@ -73,19 +73,23 @@ def measure(model: str, method: str, targets: str) -> dict:
     case = (model, method, targets)
     rounds = [(ours(*case), peer(*case)) for _ in range(_ROUNDS.value)]
     mine, other = [r[0] for r in rounds], [r[1] for r in rounds if r[1]]
+
+    def median(runs: list[dict], name: str) -> float:
+        return round(statistics.median(run[name] for run in runs), 1)
+
     row = {
         "model": model,
         "method": method,
         "targets": targets,
         "trainable": mine[0]["trainable_params"],
-        "step_ms": statistics.median(r["step_ms_median"] for r in mine),
-        "tokens_per_s": statistics.median(r["tokens_per_s"] for r in mine),
-        "compile_s": statistics.median(r["compile_s"] for r in mine),
-        "peak_mb": statistics.median(r["steps_peak_rss_mb"] for r in mine),
+        "step_ms": median(mine, "step_ms_median"),
+        "tokens_per_s": median(mine, "tokens_per_s"),
+        "compile_s": median(mine, "compile_s"),
+        "peak_mb": median(mine, "steps_peak_rss_mb"),
     }
     if other:
-        row["peer_step_ms"] = statistics.median(r["step_ms_median"] for r in other)
-        row["peer_peak_mb"] = statistics.median(r["steps_peak_rss_mb"] for r in other)
+        row["peer_step_ms"] = median(other, "step_ms_median")
+        row["peer_peak_mb"] = median(other, "steps_peak_rss_mb")
         row["speed"] = round(row["peer_step_ms"] / row["step_ms"], 2)
         row["memory"] = round(row["peak_mb"] / row["peer_peak_mb"], 2)
     return row
