@@ -57,7 +57,7 @@ def load_adapted(config: ExperimentConfig, task: str, label_names: tuple[str, ..
         )
     base = hub.fingerprint(params)
     inputs = {"input_ids": jax.ShapeDtypeStruct((1, 8), jnp.int32)}
-    uses = inspection.inspect(model.apply, params, inputs)
+    uses = _with_whole_classifier(inspection.inspect(model.apply, params, inputs), model)
     params, trainable = methods.add_methods(params, config.methods, method_key, uses, quantization)
     if quantization is not None:
         params = _quantize_rest(params, quantization, uses)
@@ -103,8 +103,22 @@ def find_path(path: str) -> str:
     return str(pathlib.Path(spec.origin).parent / folder)
 
 
+def _with_whole_classifier(
+    uses: dict[str, inspection.Use], model: Model
+) -> dict[str, inspection.Use]:
+    """Counts all that classifies to the head, not its last kernel alone: none of it is pretrained,
+    so that it is trained whole and not adapted."""
+    classifier = model.family.tables.classifier
+    return {
+        path: dataclasses.replace(
+            use, is_head=use.is_head or (use.kind == "kernel" and path.split("/")[0] in classifier)
+        )
+        for path, use in uses.items()
+    }
+
+
 def _head(params: PyTree, uses: Mapping[str, inspection.Use]) -> tuple[str, ...]:
-    """Patterns of the plain arrays of the layer that makes the model's output."""
+    """Patterns of the plain arrays of the layers that make the model's output."""
     heads = [path.rpartition("/")[0] + "/" for path, use in uses.items() if use.is_head]
     return tuple(
         re.escape(path)

@@ -70,7 +70,7 @@ class ExperimentConfig:
     top_layers: TopLayersConfig | None = None
     head: HeadConfig | None = None
     full: FullConfig | None = None
-    train_head: bool = True  # a classifier's last layer is trained whole beside any method
+    train_head: bool = True  # a classifier is trained whole beside any method
     trainable: tuple[str, ...] = ()  # regexes over paths of more arrays to train whole
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()

@@ -124,6 +124,23 @@ def test_every_parameter_is_used_as_its_name_says_and_all_linear_means_the_layer
 
 
 @families
+def test_a_prompt_is_what_its_words_would_be(family):
+    """In Gemma a word's vector is its row of the table, scaled; a prompt's is what it is."""
+    model = tiny(family)
+    params = model.init(jax.random.key(0))
+    scale = 4.0 if VARIANTS[family].scales_embeddings else 1.0
+    rows = scale * params["embeddings"]["word"]["embedding"][jnp.array([2, 11])]
+    text = {"input_ids": jnp.array([[3, 4, 5]])}
+    whole = {"input_ids": jnp.array([[2, 11, 3, 4, 5]])}
+
+    np.testing.assert_allclose(
+        jax.jit(model.apply)({**params, "prompt": {"embedding": rows}}, text),
+        jax.jit(model.apply)(params, whole)[:, 2:],
+        **TOLERANCE,
+    )
+
+
+@families
 def test_fresh_adapters_on_all_linear_layers_change_nothing(family):
     model = tiny(family)
     params = model.init(jax.random.key(0))

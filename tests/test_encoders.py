@@ -10,6 +10,9 @@ import pytest
 import safetensors.numpy
 
 from lorax_ft import models, trees
+from lorax_ft.adapted import load_adapted
+from lorax_ft.config import ExperimentConfig, PretrainedConfig
+from lorax_ft.data import DataConfig, SourceConfig
 from lorax_ft.inspection import inspect
 from lorax_ft.lift import lift
 from lorax_ft.methods import LoraConfig, add_lora
@@ -139,6 +142,24 @@ def test_a_new_classifier_is_put_on_a_checkpoint_of_masked_words(family, caplog)
     names = names.get(family, ("classifier", "pooler"))
     assert heads == {f"{name}/{kind}" for name in names for kind in ("kernel", "bias")}
     assert all(path in caplog.text for path in heads)
+
+
+@families
+def test_a_run_trains_all_that_classifies_and_adapts_none_of_it(family):
+    config = ExperimentConfig(
+        model=PretrainedConfig(path=str(GOLDEN / f"{family}_masked_lm")),
+        data=DataConfig(source=SourceConfig(train="unread.csv")),
+        lora=LoraConfig(rank=2),
+    )
+
+    adapted = load_adapted(config, "sequence_classification", ("no", "yes", "maybe"))
+
+    parameters = trees.flatten(adapted.params)
+    heads = {path for path in parameters if path.startswith(("pooler", "classifier"))}
+    assert {path for path in parameters if trees.matches(path, adapted.trainable)} == heads
+    adapters = {path for path, value in parameters.items() if trees.kind(value) == "LoRA"}
+    assert len(adapters) == 6
+    assert not adapters & heads
 
 
 def test_for_other_classes_only_the_projection_starts_anew():

@@ -249,13 +249,13 @@ class BertEmbeddings(nn.Module):
         return dropout(self, self.norm(x), self.config.hidden_dropout_prob)
 
     def _positions(self, input_ids: Array, position_ids: Array | None, virtual: Virtual) -> Array:
-        prompt, prefix, pad = virtual.prompt_length, virtual.prefix_length, self.config.pad_token_id
-        if not self.config.variant.skips_padding:
-            return positions(input_ids, position_ids, prompt, prefix)
-        if prompt or position_ids is not None:  # as transformers, which looks at no ids then
-            return positions(input_ids, position_ids, prompt, prefix, start=pad + 1)
-        is_token = (input_ids != pad).astype(jnp.int32)
-        return (is_token.cumsum(axis=1) + prefix) * is_token + pad
+        config, prompt, prefix = self.config, virtual.prompt_length, virtual.prefix_length
+        start = config.first_position
+        if not config.variant.skips_padding or prompt or position_ids is not None:
+            # where padding is skipped too: transformers looks at no ids behind a prompt
+            return positions(input_ids, position_ids, prompt, prefix, start)
+        is_token = (input_ids != config.pad_token_id).astype(jnp.int32)
+        return (is_token.cumsum(axis=1) + prefix) * is_token + (start - 1)
 
 
 class BertLayer(nn.Module):

@@ -89,6 +89,7 @@ def _tables(family: str, names: Names = LLAMA_NAMES) -> Tables:
         },
         heads=("lm_head", "score"),
         new_heads=("score",),
+        classifier=("score",),
         foreign=("model.rotary_emb.inv_freq", "model.layers.{layer}.self_attn.rotary_emb.inv_freq"),
         tied={"lm_head.weight": "model.embed_tokens.weight"},
     )

@@ -90,7 +90,13 @@ class Variant:
     lm_head_act: str | None = None  # hidden_act where None
 
 
-def _tables(family: str, prefix: str, names: Names, **others: Any) -> Tables:
+def _tables(
+    family: str,
+    prefix: str,
+    names: Names,
+    classifier: tuple[str, ...] = ("classifier",),
+    **others: Any,
+) -> Tables:
     tasks = {
         f"{family}Model": "encoder",
         f"{family}ForSequenceClassification": "sequence_classification",
@@ -99,7 +105,15 @@ def _tables(family: str, prefix: str, names: Names, **others: Any) -> Tables:
         f"{family}ForPreTraining": "masked_lm",
     }
     heads = ("pooler", "classifier", "lm_head")
-    return Tables(prefix=prefix, names=names, tasks=tasks, heads=heads, new_heads=heads, **others)
+    return Tables(
+        prefix=prefix,
+        names=names,
+        tasks=tasks,
+        heads=heads,
+        new_heads=heads,
+        classifier=classifier,
+        **others,
+    )
 
 
 VARIANTS: Mapping[str, Variant] = {  # by config.json's model_type
@@ -160,6 +174,7 @@ VARIANTS: Mapping[str, Variant] = {  # by config.json's model_type
             "DistilBert",
             "distilbert.",
             DISTILBERT_NAMES,
+            classifier=("pooler", "classifier"),
             foreign=("distilbert.embeddings.position_ids",),
             tied={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
         ),

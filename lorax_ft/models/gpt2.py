@@ -51,6 +51,7 @@ TABLES = hugging_face.Tables(
     },
     heads=("lm_head", "score"),
     new_heads=("score",),
+    classifier=("score",),
     foreign=("transformer.h.{layer}.attn.bias", "transformer.h.{layer}.attn.masked_bias"),
     tied={"lm_head.weight": "transformer.wte.weight"},
     conv1d=frozenset(

@@ -28,6 +28,7 @@ class Tables:
 
     heads: tuple[str, ...]  # modules that a task may leave unread
     new_heads: tuple[str, ...]  # those of them that start anew where a checkpoint lacks them
+    classifier: tuple[str, ...]  # those that classify, which no pretrained checkpoint has
 
     # What a checkpoint may hold beside these: buffers and heads of other tasks, and repetitions.
     foreign: tuple[str, ...] = ()

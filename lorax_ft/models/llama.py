@@ -183,8 +183,8 @@ class LlamaConfig:
         values = {**variant.defaults, **{k: v for k, v in fields.items() if k in own}}
         if isinstance(values.get("eos_token_id"), list):
             values["eos_token_id"] = tuple(values["eos_token_id"])
-        if (act := values.get("hidden_act")) in variant.activations:
-            values["hidden_act"] = variant.activations[act]
+        act = values.get("hidden_act", cls.hidden_act)
+        values["hidden_act"] = variant.activations.get(act, act)
         values |= _read_windows(variant, fields, values.get("num_hidden_layers", 32))
         longest = values.get("max_position_embeddings", cls.max_position_embeddings)
         return dataclasses.replace(
@@ -328,10 +328,10 @@ class LlamaEmbeddings(nn.Module):
         )
 
     def __call__(self, input_ids: Array, prompt: Array | None) -> Array:
-        x = before(prompt, self.word(input_ids))
-        if self.config.variant.scales_embeddings:
+        x = self.word(input_ids)
+        if self.config.variant.scales_embeddings:  # a prompt is not, as in PEFT
             x = x * jnp.asarray(math.sqrt(self.config.hidden_size), x.dtype)
-        return x
+        return before(prompt, x)
 
 
 class LlamaLayer(nn.Module):
