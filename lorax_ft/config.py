@@ -18,10 +18,18 @@ from lorax_ft.data import DataConfig
 from lorax_ft.methods import (
     METHODS,
     AdaLoraConfig,
+    AdapterConfig,
     BitFitConfig,
     FullConfig,
     HeadConfig,
+    IA3Config,
     LoraConfig,
+    NormConfig,
+    PrefixConfig,
+    PromptConfig,
+    PTuningConfig,
+    TopLayersConfig,
+    VeraConfig,
 )
 from lorax_ft.models import ComputeConfig
 from lorax_ft.quantization import QuantizationConfig
@@ -51,7 +59,15 @@ class ExperimentConfig:
     quantization: QuantizationConfig | None = None
     lora: LoraConfig | None = None
     adalora: AdaLoraConfig | None = None
+    vera: VeraConfig | None = None
+    ia3: IA3Config | None = None
+    adapters: AdapterConfig | None = None
+    prompt: PromptConfig | None = None
+    p_tuning: PTuningConfig | None = None
+    prefix: PrefixConfig | None = None
     bitfit: BitFitConfig | None = None
+    norms: NormConfig | None = None
+    top_layers: TopLayersConfig | None = None
     head: HeadConfig | None = None
     full: FullConfig | None = None
     train_head: bool = True  # a classifier's last layer is trained whole beside any method

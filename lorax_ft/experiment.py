@@ -222,25 +222,37 @@ def _save(experiment: Experiment, directory: pathlib.Path, train: PyTree) -> Non
         base=adapted.base,
     )
     runs.save_adapter(directory / runs.ADAPTER, train, record)
-    lora, adalora = experiment.config.lora, experiment.config.adalora
-    starts = None if lora is None else lora.initialization
-    if (lora or adalora) and starts not in DECOMPOSITIONS:  # which change the base
-        shutil.rmtree(directory / runs.PEFT, ignore_errors=True)  # of a session that broke off
-        interop.save_peft(
-            directory / runs.PEFT,
-            adapted.model,
-            methods.as_lora(trees.combine(train, experiment.frozen)),
-            adapted.trainable,
-            base_name=experiment.config.model.path,
-            dropout=max(config.dropout for config in (lora, adalora) if config),
-            rslora=lora is not None and lora.rslora,
-        )
+    _export(experiment, directory / runs.PEFT, trees.combine(train, experiment.frozen))
     plots.plot_run(
         records.read_records(directory),
         directory / "loss.png",
         title=f"{directory.name}: {_methods(experiment.config)}",
         metric=experiment.config.train.best_metric or "accuracy",
     )
+
+
+def _export(experiment: Experiment, directory: pathlib.Path, params: PyTree) -> None:
+    """Writes the adapter as a PEFT directory, where PEFT has a word for it."""
+    lora, params = experiment.config.lora, methods.as_lora(params)
+    adapts = any(value is not None for value in (lora, *_peft_sections(experiment.config)))
+    decomposed = lora is not None and lora.initialization in DECOMPOSITIONS  # changes the base
+    if not adapts or decomposed or not interop.can_save(params):
+        return
+    shutil.rmtree(directory, ignore_errors=True)  # of a session that broke off
+    factored = [config for config in (lora, experiment.config.adalora) if config is not None]
+    interop.save_peft(
+        directory,
+        experiment.adapted.model,
+        params,
+        experiment.adapted.trainable,
+        base_name=experiment.config.model.path,
+        dropout=max(config.dropout for config in factored) if factored else 0.0,
+        rslora=lora.rslora if lora else False,
+    )
+
+
+def _peft_sections(config: ExperimentConfig) -> tuple[Any, ...]:
+    return config.adalora, config.ia3, config.prompt, config.p_tuning, config.prefix
 
 
 def _baseline(experiment: Experiment) -> float | None:

@@ -75,9 +75,19 @@ class Leaf(abc.ABC):
     def take(self, ids: Array, *, mode=None) -> Array:
         """Rows of the matrix, as an embedding look-up: ids `[...]` to `[..., out_size]`."""
 
+    def add_to(self, y: Array) -> Array:
+        """What a leaf on a bias `[d]` makes of the `[..., d]` that the model adds the bias to.
+
+        Only for a leaf without stack axes. Raises TypeError for a leaf that stands for no bias.
+        """
+        raise TypeError(f"a {type(self).__name__} leaf is nothing that can be added")
+
     @abc.abstractmethod
     def dense(self) -> Array:
-        """The array `[*stack_shape, *core_shape]` that the leaf stands for, in `dtype`."""
+        """The array `[*stack_shape, *core_shape]` that the leaf stands for, in `dtype`.
+
+        Raises ValueError for a leaf that is no linear map, and so stands for no array.
+        """
 
     @abc.abstractmethod
     def partition_specs(self, spec: PartitionSpec) -> Leaf:
@@ -113,6 +123,11 @@ class Leaf(abc.ABC):
     def out_axes(self) -> tuple[int, ...]:
         """Axes of the core that are outputs, as increasing negative numbers."""
         return tuple(a for a in range(-len(self.core_shape), 0) if a not in self.in_axes)
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether the leaf is added, and not multiplied with: a bias has outputs alone."""
+        return not self.in_axes
 
     @property
     def in_size(self) -> int:

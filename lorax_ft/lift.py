@@ -339,6 +339,22 @@ def _gather(eqn: Any, operands: list[Any]) -> list[Any] | None:
     return [jnp.moveaxis(rows, range(ids.ndim, rows.ndim), row_axes)]
 
 
+def _add(eqn: Any, operands: list[Any]) -> list[Any] | None:
+    """`leaf.add_to` of a bias without stack axes: the last axes of what it is added to."""
+    left, right = operands
+    view, y = (left, right) if isinstance(left, View) else (right, left)
+    if isinstance(y, View) or view.leaf.stack_shape or not view.leaf.is_bias:
+        return None
+    depth = len(view.layout.axes) - len(view.layout.origin)
+    if any(view.layout.axes[:depth]) or view.layout.axes[depth:] != view.layout.origin:
+        return None
+    shape = tuple(eqn.outvars[0].aval.shape)
+    if y.shape != shape:
+        return None
+    rows = y.reshape(*shape[:depth], view.leaf.size)
+    return [view.leaf.add_to(rows).reshape(shape)]
+
+
 # --- Equations that hold jaxprs -------------------------------------------------------------------
 
 
@@ -459,6 +475,7 @@ RULES: dict[str, Callable[[Any, list[Any]], list[Any] | None]] = {
     "dynamic_slice": _dynamic_slice,
     "dot_general": _dot_general,
     "gather": _gather,
+    "add": _add,
     "scan": _scan,
     "while": _while,
     "cond": _cond,

@@ -27,9 +27,9 @@ from jax.sharding import PartitionSpec
 
 from lorax_ft import trees
 from lorax_ft.leaves import Array, Leaf, leaf, static_field
-from lorax_ft.methods.lora import LoraConfig, add_lora, path_key
+from lorax_ft.methods.lora import LoraConfig, add_lora
 from lorax_ft.methods.lora_leaf import LoRA
-from lorax_ft.methods.targets import ALL_LINEAR, Targets, Uses, find, modules
+from lorax_ft.methods.targets import ALL_LINEAR, Targets, Uses, find, key_of, modules
 from lorax_ft.quantization import QuantizationConfig
 
 
@@ -174,7 +174,7 @@ def add_adalora(
     def started(path: str, value: Any) -> Any:
         if not isinstance(value, LoRA) or value is before[path]:
             return value
-        return _start(value, path_key(key, path))
+        return _start(value, key_of(key, path))
 
     return trees.map_with_path(started, added)
 

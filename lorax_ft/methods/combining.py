@@ -30,8 +30,8 @@ import numpy as np
 
 from lorax_ft import trees
 from lorax_ft.methods.agreement import check_agreement
-from lorax_ft.methods.lora import path_key
 from lorax_ft.methods.lora_leaf import LoRA
+from lorax_ft.methods.targets import key_of
 
 PRUNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 COMBINATIONS = ("linear", "cat", "svd", *PRUNED, *(f"{name}_svd" for name in PRUNED))
@@ -276,7 +276,7 @@ class _Combination:
         if not self.config.is_random:
             return keep_largest(tensor, density)
         assert self.key is not None
-        key = path_key(self.key, self.path)
+        key = key_of(self.key, self.path)
         for fold in folds:
             key = jax.random.fold_in(key, fold)
         return drop_and_rescale(tensor, density, key)

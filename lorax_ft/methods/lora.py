@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,10 +21,13 @@ from lorax_ft.methods.targets import (
     Targets,
     Uses,
     find,
+    input_axes,
+    key_of,
     layer_number,
     layer_path,
     modules,
     pattern_value,
+    stack_depth,
 )
 from lorax_ft.quantization import QuantizationConfig, quantize_array
 
@@ -98,7 +100,7 @@ def add_lora(
     for path in find(params, config.targets, config.exclude, uses, field="LoraConfig.targets"):
         ranks, scales = _ranks_and_scales(path, parameters[path], config, uses)
         if ranks.any():
-            start = _Start(path, parameters[path], config, uses, quantization, path_key(key, path))
+            start = _Start(path, parameters[path], config, uses, quantization, key_of(key, path))
             adapted[path] = start.leaf(ranks, scales)
     if not adapted:
         raise ValueError(f"LoraConfig.layers: {config.layers} leaves no layer of the targets.")
@@ -120,37 +122,11 @@ def trained_beside(params: Any, config: LoraConfig, uses: Uses = None) -> list[s
     return [path for path in paths if path in chosen]
 
 
-def set_dropout_key(params: Any, key: jax.Array | None) -> Any:
-    """Params whose adapters drop by `key`, each by its own fold of it; with None nothing is
-    dropped."""
-
-    def set_key(path: tuple[Any, ...], value: Any) -> Any:
-        if not _has_dropout(value) or value.dropout is None:
-            return value
-        if key is None:
-            return value.replace(key=None)
-        return value.replace(
-            key=jax.random.split(path_key(key, trees.path_name(path)), value.stack_shape)
-        )
-
-    return jax.tree_util.tree_map_with_path(set_key, params, is_leaf=_has_dropout)
-
-
-def _has_dropout(value: Any) -> bool:
-    """Whether a value is a leaf that drops inputs of its factors: LoRA and what is made from it."""
-    return isinstance(value, Leaf) and hasattr(value, "dropout")
-
-
-def path_key(key: jax.Array, path: str) -> jax.Array:
-    """A parameter's own key, folded from its path."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
-
-
 def _ranks_and_scales(
     path: str, value: Any, config: LoraConfig, uses: Uses
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rank and scale of every layer of a stack; rank 0 for one that `config.layers` leaves out."""
-    stack = tuple(value.shape[: _stack_depth(path, value, uses)])
+    stack = tuple(value.shape[: stack_depth(path, value, uses)])
     ranks, scales = np.zeros(stack, np.int32), np.zeros(stack, np.float32)
     for index in np.ndindex(stack):
         name = layer_path(path, index)
@@ -164,14 +140,6 @@ def _ranks_and_scales(
             )
             ranks[index], scales[index] = rank, config.scale(rank, alpha)
     return ranks, scales
-
-
-def _stack_depth(path: str, value: Any, uses: Uses) -> int:
-    if isinstance(value, Leaf):
-        return len(value.stack_shape)
-    if uses and path in uses and uses[path].kind in ("kernel", "embedding"):
-        return uses[path].stack
-    return len(value.shape) - 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +156,8 @@ class _Start:
     def leaf(self, ranks: np.ndarray, scales: np.ndarray) -> LoRA | DoRA:
         """The leaf with factors of the largest rank, padded by zero rows where a layer's is
         lower."""
-        if isinstance(self.base, Leaf) and self.base.trainable:
+        factored = isinstance(self.base, Leaf) and "b" in self.base.trainable
+        if factored or isinstance(self.base, DoRA):
             raise ValueError(
                 f"LoraConfig.targets: {self.path} has a {trees.kind(self.base)} adapter already."
             )
@@ -207,11 +176,7 @@ class _Start:
 
     @property
     def in_axes(self) -> tuple[int, ...]:
-        if isinstance(self.base, Leaf):
-            return self.base.in_axes
-        if self.uses and self.path in self.uses and self.uses[self.path].in_axes:
-            return self.uses[self.path].in_axes
-        return (-2,)
+        return input_axes(self.path, self.base, self.uses)
 
     @property
     def is_embedding(self) -> bool:
@@ -277,7 +242,7 @@ class _Start:
             )
         if (
             self.in_axes != (-2,)
-            or len(self.base.shape) - _stack_depth(self.path, self.base, self.uses) != 2
+            or len(self.base.shape) - stack_depth(self.path, self.base, self.uses) != 2
         ):
             raise ValueError(
                 f"LoraConfig.initialization: 'loftq' takes [d_in, d_out] kernels, not {self.path}."

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 
 from lorax_ft.jaxprs import is_concrete
 from lorax_ft.leaves import Array, Leaf, as_matrix, dense, from_matrix, leaf, static_field
+from lorax_ft.methods.dropping import drop
 
 Options = tuple[Any, Any]  # (precision, preferred_element_type) of the products
 
@@ -162,15 +163,6 @@ def factor_specs(
         PartitionSpec(*stack, None, folded(outputs)),
         PartitionSpec(*stack),
     )
-
-
-def drop(key: Array | None, rate: Array | None, x: Array) -> Array:
-    """Inverted dropout: zeroes a share `rate` of x and scales up the rest; x itself where there is
-    no key."""
-    if key is None or rate is None:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate).astype(x.dtype), jnp.zeros((), x.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

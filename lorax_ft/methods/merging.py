@@ -13,8 +13,8 @@ from lorax_ft import trees
 from lorax_ft.leaves import dense, is_leaf
 from lorax_ft.lift import lift
 from lorax_ft.methods.adalora import AdaLoRA
-from lorax_ft.methods.dora import DoRA
-from lorax_ft.methods.lora import set_dropout_key
+from lorax_ft.methods.dropping import set_dropout_key
+from lorax_ft.methods.ia3 import IA3, IA3Bias
 from lorax_ft.methods.lora_leaf import LoRA
 
 
@@ -22,13 +22,26 @@ def merge(params: Any, dtype: Any = None) -> Any:
     """The plain tree in which every leaf is the array that it stands for.
 
     A quantised base is dequantised, and not quantised again: merging into four bits degrades the
-    output. `dtype` is that of the merged kernels, by default the one each leaf computes in.
+    output. `dtype` is that of the merged kernels, by default the one each leaf computes in. Raises
+    ValueError naming a parameter that holds what no kernel can express, such as an adapter.
     """
 
-    def merged(_: str, value: Any) -> Any:
+    gains = {
+        value.kernel: value
+        for value in trees.flatten(params).values()
+        if isinstance(value, IA3Bias)
+    }
+
+    def merged(path: str, value: Any) -> Any:
+        if path in gains:
+            scaled = gains[path]
+            value = IA3(base=value, gain=scaled.gain, base_in_axes=scaled.kernel_in_axes)
         if not is_leaf(value):
             return value
-        array = dense(value)
+        try:
+            array = dense(value)
+        except ValueError as error:
+            raise ValueError(f"merge: {path}: {error}") from None
         return array if dtype is None else array.astype(dtype)
 
     return trees.map_with_path(merged, params)
@@ -37,18 +50,19 @@ def merge(params: Any, dtype: Any = None) -> Any:
 def unmerge(merged: Any, params: Any) -> Any:
     """The adapters of `params` round bases such that they merge to `merged` again.
 
-    The bases are floats, also where those of `params` are quantised. Raises ValueError for DoRA,
-    whose merged columns no longer tell how long the unmerged ones were.
+    The bases are floats, also where those of `params` are quantised. Raises ValueError for a leaf
+    other than LoRA and AdaLoRA: DoRA's merged columns, for one, no longer tell how long they were.
     """
     arrays = trees.flatten(merged)
 
     def unmerged(path: str, value: Any) -> Any:
-        if isinstance(value, DoRA):
-            raise ValueError(
-                f"unmerge: {path} is a DoRA leaf, whose merge cannot be undone. Keep its base."
-            )
         if not isinstance(value, (LoRA, AdaLoRA)):
-            return arrays[path]
+            if not is_leaf(value) or not hasattr(value, "base"):
+                return arrays[path]
+            raise ValueError(
+                f"unmerge: {path} is a {type(value).__name__} leaf, whose merge cannot be undone. "
+                "Keep its base."
+            )
         update = value.replace(base=jnp.zeros(value.shape, value.dtype)).dense()
         return value.replace(base=arrays[path] - update.astype(arrays[path].dtype))
 

@@ -23,7 +23,8 @@ from jax.sharding import PartitionSpec
 
 from lorax_ft.jaxprs import is_concrete
 from lorax_ft.leaves import Array, Leaf, leaf, static_field
-from lorax_ft.methods.lora_leaf import base_product, drop, factor_specs, matrix_of, take_rows
+from lorax_ft.methods.dropping import drop
+from lorax_ft.methods.lora_leaf import base_product, factor_specs, matrix_of, take_rows
 
 NO_ADAPTER = -1
 """The index of an example that is given to the base alone."""

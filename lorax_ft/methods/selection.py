@@ -1,5 +1,5 @@
-"""Methods that add nothing and choose which of the model's own arrays are trained: all, biases, or
-a head."""
+"""Methods that choose which of the model's own arrays are trained: all, the last layers', a head's,
+norms or biases."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lorax_ft import trees
 from lorax_ft.leaves import is_leaf
-from lorax_ft.methods.targets import Targets, Uses, modules, named
+from lorax_ft.methods.targets import Targets, Uses, layer_number, modules, named, norms
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,10 +29,37 @@ class HeadConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BitFitConfig:
-    """BitFit (Ben Zaken et al. 2022): every bias, and modules such as a new classifier whole."""
+    """BitFit (Ben Zaken et al. 2022): every bias, and modules such as a new classifier whole.
+
+    A tuple of targets names the modules whose biases are trained: the paper's smaller set is
+    `("query", "up")`, of queries and of the feed-forward net's first layer.
+    """
 
     targets: Targets = r"(.*/)?bias"
+    add_missing: bool = False  # give the targets' kernels that have no bias one that starts at zero
     modules_to_save: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormConfig:
+    """Trains the scales and biases of norms (Qi et al. 2022, "Parameter-Efficient Tuning on Layer
+    Normalization")."""
+
+    targets: Targets = ".*"
+    modules_to_save: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TopLayersConfig:
+    """Trains the last layers whole. They must be unrolled: a stacked array is trained or frozen
+    whole."""
+
+    count: int = 1
+    modules_to_save: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ValueError(f"TopLayersConfig.count must be at least 1, got {self.count}.")
 
 
 def all_arrays(params: Any, config: FullConfig, uses: Uses = None) -> list[str]:
@@ -54,6 +81,50 @@ def head(params: Any, config: HeadConfig, uses: Uses = None) -> list[str]:
 def biases(params: Any, config: BitFitConfig, uses: Uses = None) -> list[str]:
     """Paths of the biases. A model without biases raises ValueError."""
     paths = list(trees.flatten(params))
-    chosen = set(named(paths, config.targets, field="BitFitConfig.targets"))
-    chosen.update(modules(paths, config.modules_to_save, field="BitFitConfig.modules_to_save"))
+    saved = modules(paths, config.modules_to_save, field="BitFitConfig.modules_to_save")
+    own = [path for path in paths if path.rpartition("/")[2] == "bias"]
+    if not own and not config.add_missing:
+        raise ValueError(
+            "BitFitConfig: the model has no biases. Set add_missing to give every linear layer one "
+            "that starts at zero, or train something else."
+        )
+    if isinstance(config.targets, str):
+        chosen = {path for path in own if trees.matches(path, config.targets)}
+    else:
+        chosen = {
+            path
+            for name in config.targets
+            for path in own
+            if path.split("/")[-2:-1] == [name] or path == name
+        }
+    if not chosen and not config.add_missing:
+        # says what is near
+        named(own, config.targets, field="BitFitConfig.targets")
+    return [path for path in paths if path in chosen.union(saved)]
+
+
+def norm_arrays(params: Any, config: NormConfig, uses: Uses = None) -> list[str]:
+    """Paths of the norms' scales and biases."""
+    paths = list(trees.flatten(params))
+    chosen = set(norms(params, config.targets, uses, field="NormConfig.targets"))
+    chosen.update(modules(paths, config.modules_to_save, field="NormConfig.modules_to_save"))
     return [path for path in paths if path in chosen]
+
+
+def top_layers(params: Any, config: TopLayersConfig, uses: Uses = None) -> list[str]:
+    """Paths of everything in the last layers. Raises ValueError where the layers are stacked."""
+    parameters = trees.flatten(params)
+    field = "TopLayersConfig.modules_to_save"
+    chosen = set(modules(parameters, config.modules_to_save, field=field))
+    numbers = {path: layer_number(path) for path in parameters}
+    layers = sorted({number for number in numbers.values() if number is not None})
+    if len(layers) < config.count:
+        raise ValueError(
+            f"TopLayersConfig.count is {config.count}, but only {len(layers)} layers have "
+            "parameters of their own. Stacked layers are trained together: set scan_layers=False."
+        )
+    last = layers[-config.count :]
+    for path, value in parameters.items():
+        if numbers[path] in last and not is_leaf(value):
+            chosen.add(path)
+    return [path for path in parameters if path in chosen]

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from lorax_ft.methods import adalora, lora, selection
+from lorax_ft.methods import adalora, adapters, added_bias, ia3, lora, prompts, selection, vera
 from lorax_ft.methods.targets import Uses
 from lorax_ft.quantization import QuantizationConfig
 
@@ -31,7 +31,15 @@ class Method:
 METHODS = {
     "lora": Method(lora.LoraConfig, lora.add_lora, lora.trained_beside),
     "adalora": Method(adalora.AdaLoraConfig, adalora.add_adalora, adalora.trained_beside),
-    "bitfit": Method(selection.BitFitConfig, None, selection.biases),
+    "vera": Method(vera.VeraConfig, vera.add_vera, vera.trained_beside),
+    "ia3": Method(ia3.IA3Config, ia3.add_ia3, ia3.trained_beside),
+    "adapters": Method(adapters.AdapterConfig, adapters.add_adapters, adapters.trained_beside),
+    "prompt": Method(prompts.PromptConfig, prompts.add_prompt, prompts.trained),
+    "p_tuning": Method(prompts.PTuningConfig, prompts.add_p_tuning, prompts.trained),
+    "prefix": Method(prompts.PrefixConfig, prompts.add_prefix, prompts.trained),
+    "bitfit": Method(selection.BitFitConfig, added_bias.add_biases, selection.biases),
+    "norms": Method(selection.NormConfig, None, selection.norm_arrays),
+    "top_layers": Method(selection.TopLayersConfig, None, selection.top_layers),
     "head": Method(selection.HeadConfig, None, selection.head),
     "full": Method(selection.FullConfig, None, selection.all_arrays),
 }

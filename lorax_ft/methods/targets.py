@@ -4,11 +4,15 @@ layers."""
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from lorax_ft import trees
 from lorax_ft.inspection import Use
+from lorax_ft.leaves import Leaf
 
 ALL_LINEAR = "all-linear"
 Uses = Mapping[str, Use] | None
@@ -54,6 +58,54 @@ def modules(paths: Iterable[str], names: Sequence[str], *, field: str) -> list[s
     patterns = [rf"(.*/)?{re.escape(name)}(/.*)?" for name in names]
     _check_names(paths, names, patterns, field)
     return trees.select(paths, patterns, field=field) if patterns else []
+
+
+def bias_of(kernel: str, paths: Iterable[str], uses: Uses) -> str | None:
+    """The bias that the model adds to the product of a kernel; without `uses`, its neighbour."""
+    if uses is None:
+        neighbour = f"{kernel.rpartition('/')[0]}/bias".lstrip("/")
+        return neighbour if neighbour in set(paths) else None
+    return next((path for path, use in uses.items() if use.kernel == kernel), None)
+
+
+def norms(params: Any, targets: Targets, uses: Uses, *, field: str) -> list[str]:
+    """Paths of the scales and biases of the norms whose paths the targets match."""
+    parameters = trees.flatten(params)
+    if uses is None:
+        scales = [path for path in parameters if path.rpartition("/")[2] == "scale"]
+    else:
+        scales = [path for path in parameters if path in uses and uses[path].kind == "scale"]
+    owners = {path.rpartition("/")[0] for path in scales}
+    biases = [
+        path
+        for path in parameters
+        if path.rpartition("/")[2] == "bias" and path.rpartition("/")[0] in owners
+    ]
+    if not scales:
+        raise ValueError(f"{field}: the model has no norm with a scale.")
+    found = set(named([*scales, *biases], targets, field=field))
+    return [path for path in parameters if path in found]
+
+
+def input_axes(path: str, value: Any, uses: Uses) -> tuple[int, ...]:
+    """The axes of a kernel that a product contracts, counted from the end."""
+    if isinstance(value, Leaf):
+        return value.in_axes
+    return uses[path].in_axes or (-2,) if uses and path in uses else (-2,)
+
+
+def stack_depth(path: str, value: Any, uses: Uses) -> int:
+    """How many leading axes of a kernel or embedding are stacked layers or experts."""
+    if isinstance(value, Leaf):
+        return len(value.stack_shape)
+    if uses and path in uses and uses[path].kind in ("kernel", "embedding"):
+        return uses[path].stack
+    return len(value.shape) - 2
+
+
+def key_of(key: jax.Array, path: str) -> jax.Array:
+    """A parameter's own key: it depends on its path, not on the order of visits."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def layer_path(path: str, index: Sequence[int]) -> str:

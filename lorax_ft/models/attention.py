@@ -60,9 +60,16 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, mask: Array | None, rotary: tuple[Array, Array] | None = None
+        self,
+        x: Array,
+        mask: Array | None,
+        rotary: tuple[Array, Array] | None = None,
+        past: tuple[Array, Array] | None = None,
     ) -> Array:
-        """`[batch, length, d]` to the same; `mask` `[batch, 1, 1, length]`, True for seen keys."""
+        """`[batch, length, d]` to the same; `mask` `[batch, 1, 1, keys]`, True for seen keys.
+
+        `past` are keys and values `[n, kv_heads * head_dim]` that stand before those of `x`.
+        """
 
         def heads(name: str, count: int) -> Array:
             y = self._dense(count * self.head_dim, name)(x)
@@ -73,6 +80,8 @@ class Attention(nn.Module):
         value = heads("value", self.num_kv_heads)
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if past is not None:
+            key, value = (_after(p, present) for p, present in zip(past, (key, value)))
         if self.dropout_rate > 0 and self.has_rng("dropout"):
             rate, dropout_key = self.dropout_rate, self.make_rng("dropout")
             y = attend(query, key, value, mask, self.is_causal, rate, dropout_key)
@@ -86,6 +95,15 @@ class Attention(nn.Module):
         return Dense(features, self.compute, self.use_bias, self.stddev, name=name)
 
 
+def _after(past: Array, present: Array) -> Array:
+    """Keys or values `[batch, length, heads, head_dim]` with others `[n, heads * head_dim]` before
+    them."""
+    batch, _, heads, head_dim = present.shape
+    past = past.astype(present.dtype).reshape(1, -1, heads, head_dim)
+    past = jnp.broadcast_to(past, (batch, *past.shape[1:]))
+    return jnp.concatenate([past, present], axis=1)
+
+
 def attend(
     query: Array,
     key: Array,
@@ -97,8 +115,9 @@ def attend(
 ) -> Array:
     """Scaled dot-product attention by plain products, the softmax in float32.
 
-    `query` is `[batch, length, heads, head_dim]`, `key` and `value` have fewer heads or as many. It
-    is `jax.nn.dot_product_attention` with dropout of the attention weights beside, and gradients of
+    `query` is `[batch, length, heads, head_dim]`, `key` and `value` have fewer heads or as many;
+    where they are longer, what stands first in them is before every query. It is
+    `jax.nn.dot_product_attention` with dropout of the attention weights beside, and gradients of
     bfloat16 that are not mixed products.
     """
     batch, length, heads, head_dim = query.shape
@@ -113,7 +132,9 @@ def attend(
     scores = scores.reshape(batch, kv_heads, -1, length, key.shape[2])
     lowest = jnp.finfo(jnp.float32).min
     if is_causal:
-        scores = jnp.where(jnp.tri(length, dtype=bool)[None, None, None], scores, lowest)
+        keys = scores.shape[-1]
+        seen = jnp.tri(length, keys, keys - length, dtype=bool)
+        scores = jnp.where(seen[None, None, None], scores, lowest)
     if mask is not None:
         scores = jnp.where(mask[:, :, None], scores, lowest)
     weights = jax.nn.softmax(scores, axis=-1)
@@ -129,8 +150,12 @@ def attend_fused(
     query: Array, key: Array, value: Array, mask: Array | None, is_causal: bool
 ) -> Array:
     """Attention by cuDNN's fused kernel, which keeps no matrix of weights."""
+    length, keys = query.shape[1], key.shape[1]
     if mask is not None:  # cuDNN does not broadcast it over queries
-        mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], mask.shape[-1]))
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, keys))
+    if is_causal and keys != length:
+        seen = jnp.tri(length, keys, keys - length, dtype=bool)[None, None]
+        mask, is_causal = seen if mask is None else mask & seen, False
     return jax.nn.dot_product_attention(
         query, key, value, mask=mask, is_causal=is_causal, implementation="cudnn"
     )

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lorax_ft.methods import Virtual
 from lorax_ft.models import hugging_face
 from lorax_ft.models.attention import Attention
 from lorax_ft.models.layers import (
@@ -19,7 +20,10 @@ from lorax_ft.models.layers import (
     Embedding,
     LayerNorm,
     activate,
+    before,
     dropout,
+    key_mask,
+    positions,
     run_layers,
 )
 
@@ -164,19 +168,27 @@ class Bert(nn.Module):
         attention_mask: Array | None = None,
         token_type_ids: Array | None = None,
         position_ids: Array | None = None,
+        virtual: Virtual = Virtual(),
     ) -> Array | Encoded:
-        """Inputs are integers `[batch, length]`; in the mask 1 is a token and 0 padding."""
+        """Inputs are integers `[batch, length]`; in the mask 1 is a token and 0 padding.
+
+        A prompt is a part of the text: what pools the first position pools the prompt's. What is
+        returned by token is of the real ones.
+        """
         config, compute = self.config, self.compute
+        prompt, prefix = virtual.prompt_length, virtual.prefix_length
         embeddings = BertEmbeddings(config, compute, name="embeddings")
-        x = embeddings(input_ids, token_type_ids, position_ids)
-        mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
-        x = run_layers(BertLayer, config, compute, x, mask)
+        position_ids = positions(input_ids, position_ids, prompt, prefix)
+        x = embeddings(input_ids, token_type_ids, position_ids, virtual.prompt)
+        mask = key_mask(attention_mask, prompt + prefix)
+        x = run_layers(BertLayer, config, compute, x, virtual.prefix, mask)
+        first, x = x[:, 0], x[:, prompt:]
         if self.task == "masked_lm":
             return BertLMHead(config, compute, name="lm_head")(x, embeddings.word.logits)
         if self.task == "token_classification":
             return self._classify(x)
         pooler = Dense(config.hidden_size, compute, stddev=config.initializer_range, name="pooler")
-        pooled = jnp.tanh(pooler(x[:, 0]))
+        pooled = jnp.tanh(pooler(first))
         return Encoded(x, pooled) if self.task == "encoder" else self._classify(pooled)
 
     def _classify(self, x: Array) -> Array:
@@ -210,13 +222,18 @@ class BertEmbeddings(nn.Module):
         self.norm = LayerNorm(config.layer_norm_eps, self.compute)
 
     def __call__(
-        self, input_ids: Array, token_type_ids: Array | None, position_ids: Array | None
+        self,
+        input_ids: Array,
+        token_type_ids: Array | None,
+        position_ids: Array,
+        prompt: Array | None,
     ) -> Array:
-        if position_ids is None:
-            position_ids = jnp.arange(input_ids.shape[1])[None]
         if token_type_ids is None:
             token_type_ids = jnp.zeros((1, 1), jnp.int32)
-        x = self.word(input_ids) + self.token_type(token_type_ids) + self.position(position_ids)
+        elif prompt is not None:
+            token_type_ids = jnp.pad(token_type_ids, ((0, 0), (prompt.shape[0], 0)))
+        words = before(prompt, self.word(input_ids))
+        x = words + self.token_type(token_type_ids) + self.position(position_ids)
         return dropout(self, self.norm(x), self.config.hidden_dropout_prob)
 
 
@@ -227,7 +244,9 @@ class BertLayer(nn.Module):
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None) -> tuple[Array, None]:
+    def __call__(
+        self, x: Array, past: tuple[Array, Array] | None, mask: Array | None
+    ) -> tuple[Array, None]:
         config, compute = self.config, self.compute
         attention = Attention(
             num_heads=config.num_attention_heads,
@@ -238,7 +257,7 @@ class BertLayer(nn.Module):
             stddev=config.initializer_range,
             name="attention",
         )
-        y = dropout(self, attention(x, mask), config.hidden_dropout_prob)
+        y = dropout(self, attention(x, mask, past=past), config.hidden_dropout_prob)
         x = LayerNorm(config.layer_norm_eps, compute, name="attention_norm")(x + y)
         y = dropout(self, BertMLP(config, compute, name="mlp")(x), config.hidden_dropout_prob)
         return LayerNorm(config.layer_norm_eps, compute, name="mlp_norm")(x + y), None

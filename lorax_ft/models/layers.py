@@ -226,32 +226,66 @@ def _row(vector: Array, ndim: int) -> Array:
     return vector.astype(jnp.float32).reshape((1,) * (ndim - 1) + (-1,))
 
 
+# --- What stands before the real tokens -----------------------------------------------------------
+
+
+def before(prompt: Array | None, x: Array) -> Array:
+    """Word vectors `[batch, length, d]` with a prompt `[n, d]` before each row's."""
+    if prompt is None:
+        return x
+    rows = jnp.broadcast_to(prompt.astype(x.dtype)[None], (x.shape[0], *prompt.shape))
+    return jnp.concatenate([rows, x], axis=1)
+
+
+def positions(ids: Array, position_ids: Array | None, prompt: int, prefix: int) -> Array:
+    """Position ids `[batch or 1, prompt + length]`, counted on from the prefix and the prompt."""
+    if position_ids is None:
+        return prefix + jnp.arange(prompt + ids.shape[1])[None]
+    first = jnp.broadcast_to(jnp.arange(prompt)[None], (position_ids.shape[0], prompt))
+    return prefix + jnp.concatenate([first, position_ids + prompt], axis=1)
+
+
+def key_mask(attention_mask: Array | None, virtual: int) -> Array | None:
+    """The mask of keys `[batch, 1, 1, virtual + length]`; what stands first is always seen."""
+    if attention_mask is None:
+        return None
+    seen = jnp.pad(attention_mask.astype(bool), ((0, 0), (virtual, 0)), constant_values=True)
+    return seen[:, None, None, :]
+
+
 # --- Depth ----------------------------------------------------------------------------------------
 
 
 def run_layers(
-    layer: type[nn.Module], config: Any, compute: ComputeConfig, x: Array, *inputs: Any
+    layer: type[nn.Module],
+    config: Any,
+    compute: ComputeConfig,
+    x: Array,
+    past: tuple[Array, Array] | None,
+    *inputs: Any,
 ) -> Array:
-    """Runs `config.num_hidden_layers` times `x, _ = layer(config, compute)(x, *inputs)`.
+    """Runs `config.num_hidden_layers` times `x, _ = layer(config, compute)(x, past, *inputs)`.
 
-    Call it inside a compact method. The parameters are stacked at `layers/...`, or each layer's own
-    at `layers_0/...`, `layers_1/...`, as `compute.scan_layers` says.
+    Every layer gets its own of `past` `[layers, ...]`, and the same inputs. Call it inside a
+    compact method. The parameters are stacked at `layers/...`, or each layer's own at
+    `layers_0/...`, `layers_1/...`, as `compute.scan_layers` says.
     """
     policy = REMAT_POLICIES[compute.remat]
     if policy is not None:
         layer = nn.remat(layer, policy=policy, prevent_cse=not compute.scan_layers)
     if not compute.scan_layers:
         for i in range(config.num_hidden_layers):
-            x, _ = layer(config, compute, name=f"layers_{i}")(x, *inputs)
+            own = jax.tree.map(lambda array, i=i: array[i], past)
+            x, _ = layer(config, compute, name=f"layers_{i}")(x, own, *inputs)
         return x
     scanned = nn.scan(
         layer,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
+        in_axes=(0, *(nn.broadcast,) * len(inputs)),  # pyright: ignore[reportArgumentType]
         length=config.num_hidden_layers,
     )
-    x, _ = scanned(config, compute, name="layers")(x, *inputs)
+    x, _ = scanned(config, compute, name="layers")(x, past, *inputs)
     return x
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lorax_ft.methods import Virtual
 from lorax_ft.models import hugging_face
 from lorax_ft.models.attention import Attention, RotaryConfig, rotary_angles
 from lorax_ft.models.layers import (
@@ -19,6 +20,9 @@ from lorax_ft.models.layers import (
     Embedding,
     RMSNorm,
     activate,
+    before,
+    key_mask,
+    positions,
     run_layers,
 )
 
@@ -199,16 +203,19 @@ class Llama(nn.Module):
         input_ids: Array,
         attention_mask: Array | None = None,
         position_ids: Array | None = None,
+        virtual: Virtual = Virtual(),
     ) -> Array:
         """Inputs are integers `[batch, length]`; in the mask 1 is a token and 0 padding."""
         config, compute = self.config, self.compute
+        prompt, prefix = virtual.prompt_length, virtual.prefix_length
         stddev = config.initializer_range
         embeddings = LlamaEmbeddings(config, compute, name="embeddings")
-        if position_ids is None:
-            position_ids = jnp.arange(input_ids.shape[1])[None]
+        position_ids = positions(input_ids, position_ids, prompt, prefix)
         rotary = rotary_angles(position_ids, config.size_of_head, config.rotary)
-        mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
-        x = run_layers(LlamaLayer, config, compute, embeddings(input_ids), mask, rotary)
+        mask = key_mask(attention_mask, prompt + prefix)
+        x = before(virtual.prompt, embeddings(input_ids))
+        x = run_layers(LlamaLayer, config, compute, x, virtual.prefix, mask, rotary)
+        x = x[:, prompt:]
         x = RMSNorm(config.rms_norm_eps, compute, name="norm")(x)
         if self.task == "sequence_classification":
             x = jnp.take_along_axis(x, self._last(input_ids, attention_mask)[:, None, None], axis=1)
@@ -256,7 +263,11 @@ class LlamaLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, mask: Array | None, rotary: tuple[Array, Array]
+        self,
+        x: Array,
+        past: tuple[Array, Array] | None,
+        mask: Array | None,
+        rotary: tuple[Array, Array],
     ) -> tuple[Array, None]:
         config, compute = self.config, self.compute
         attention = Attention(
@@ -271,7 +282,7 @@ class LlamaLayer(nn.Module):
             name="attention",
         )
         norm = RMSNorm(config.rms_norm_eps, compute, name="attention_norm")
-        x = x + attention(norm(x), mask, rotary)
+        x = x + attention(norm(x), mask, rotary, past)
         norm = RMSNorm(config.rms_norm_eps, compute, name="mlp_norm")
         return x + LlamaMLP(config, compute, name="mlp")(norm(x)), None
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from lorax_ft.methods import split_virtual
 from lorax_ft.models import bert, hugging_face, llama
 from lorax_ft.models.bert import Bert, BertConfig
 from lorax_ft.models.layers import Array, ComputeConfig, PyTree
@@ -80,7 +81,7 @@ class Model:
         """The task's output: float32 logits, or `Encoded` for the task "encoder".
 
         Args:
-            params: as `init` gives them.
+            params: as `init` gives them; a prompt or a prefix may be beside.
             inputs: `input_ids` `[batch, length]`, and where wanted `attention_mask` (1 for a
                 token), `position_ids`, `token_type_ids`; entries for the loss are left unread.
             key: for dropout; without it there is none.
@@ -94,9 +95,12 @@ class Model:
                 f"A model with a {type(self.config).__name__} does not read {unknown}, only "
                 f"{', '.join(names)}."
             )
-        _check_length(self.config, inputs["input_ids"].shape[1])
+        own, virtual = split_virtual(params)
+        before = virtual.prompt_length + virtual.prefix_length
+        _check_length(self.config, inputs["input_ids"].shape[1], before)
         rngs = {} if key is None else {"dropout": key}
-        return self.module.apply({"params": params}, *map(inputs.get, names), rngs=rngs)
+        arguments = map(inputs.get, names)
+        return self.module.apply({"params": own}, *arguments, virtual=virtual, rngs=rngs)
 
     def init(self, key: Array) -> PyTree:
         """Random parameters, by the config's `initializer_range`."""
@@ -193,10 +197,11 @@ def _shapes(model: Model) -> PyTree:
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
-def _check_length(config: ModelConfig, length: int) -> None:
-    if length > config.max_length:
+def _check_length(config: ModelConfig, length: int, before: int = 0) -> None:
+    if length + before > config.max_length:
+        virtual = f" and stand behind {before} trained vectors" if before else ""
         raise ValueError(
-            f"The sequences are {length} tokens long, but the model has positions for "
+            f"The sequences are {length} tokens long{virtual}, but the model has positions for "
             f"{config.max_length}: truncate them."
         )
 

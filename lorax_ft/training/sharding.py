@@ -82,6 +82,7 @@ RULES: tuple[Rule, ...] = (
         spec=PartitionSpec("fsdp", None),
         uneven="replicate",
     ),
+    Rule(pattern=r"(prompt|prefix)/.*", spec=PartitionSpec()),
     Rule(pattern=r"(.*/)?(bias|scale)", spec=PartitionSpec()),
 )
 

@@ -1,0 +1,191 @@
+"""What every kind of Hugging Face PEFT directory has in common: files, names, arrays saved
+whole."""
+
+from __future__ import annotations
+
+import collections
+import json
+import pathlib
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_ft import trees
+from lorax_ft.models.hugging_face import SUFFIXES, split_layer
+from lorax_ft.models.model import Model, hugging_face_name, module_path
+from lorax_ft.models.tensor_files import new_directory
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TASK_TYPES = {
+    "sequence_classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+    "causal_lm": "CAUSAL_LM",
+    "masked_lm": None,
+    "encoder": "FEATURE_EXTRACTION",
+}
+
+# Fields of adapter_config.json that change nothing once an adapter is trained, of whatever kind.
+HARMLESS = frozenset(
+    """
+    peft_type base_model_name_or_path revision task_type peft_version inference_mode auto_mapping
+    """.split()
+)
+
+Pieces = dict[str, dict[int | None, np.ndarray]]
+"""Arrays of a file by our path, and by layer where ours are stacked."""
+
+
+def read(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The config and the tensors of a PEFT directory. Raises ValueError naming a file that is not
+    there or cannot be read."""
+    from safetensors.numpy import load_file
+
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).is_file():
+            found = (
+                sorted(p.name for p in directory.glob("*"))
+                if directory.is_dir()
+                else "no directory"
+            )
+            raise ValueError(f"load_peft: {directory / name} is not there; found {found}.")
+    config = json.loads((directory / CONFIG).read_text())
+    try:
+        tensors = load_file(directory / WEIGHTS)
+    except Exception as error:  # the reader has several kinds of error for a broken file
+        raise ValueError(f"load_peft: {directory / WEIGHTS} cannot be read ({error}).") from error
+    return config, tensors
+
+
+def write(
+    directory: pathlib.Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    card: str,
+) -> None:
+    """Writes a new directory, whole or not at all."""
+    from safetensors.numpy import save_file
+
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    with new_directory(directory) as new:
+        save_file(contiguous, new / WEIGHTS, metadata={"format": "pt"})
+        (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if card:
+            (new / "README.md").write_text(card)
+
+
+def check_fields(
+    config: Mapping[str, Any], read: Collection[str], required: Collection[str] = ()
+) -> None:
+    """Raises ValueError for a field that is not handled and may change the maths, and for a missing
+    one."""
+    for name, value in config.items():
+        if name not in read and name not in HARMLESS and value not in (None, False, {}, []):
+            raise ValueError(
+                f"{CONFIG}: {name} = {value!r} may change the maths and is not handled."
+            )
+    if missing := set(required) - set(config):
+        raise ValueError(f"{CONFIG}: {sorted(missing)} is missing.")
+
+
+# --- Names ----------------------------------------------------------------------------------------
+
+
+def our_path(
+    key: str, module: str, kinds: tuple[str, ...], model: Model, paths: Mapping[str, Any]
+) -> tuple[str, int | None]:
+    """The parameter a tensor belongs to, and its layer where ours are stacked."""
+    found = module_path(model, module)
+    if found is not None:
+        ours, layer = found
+        for kind in kinds:
+            if f"{ours}/{kind}" in paths:
+                return f"{ours}/{kind}", layer
+            unrolled = f"layers_{layer}/{ours.removeprefix('layers/')}/{kind}"
+            if layer is not None and unrolled in paths:
+                return unrolled, None
+    known = [hugging_face_name(model, p, 0) for p in paths if _is_named(model, p)]
+    raise ValueError(
+        f"load_peft: the tensor {key!r} belongs to no parameter of this model. Nearest modules: "
+        f"{', '.join(trees.nearest(module, dict.fromkeys(known)))}."
+    )
+
+
+def _is_named(model: Model, path: str) -> bool:
+    return split_layer(path)[0].rpartition("/")[0] in model.family.tables.NAMES
+
+
+# --- Arrays saved whole ---------------------------------------------------------------------------
+
+
+def plain_tensors(
+    model: Model, params: Any, trainable: trees.Patterns, adapted: Collection[str] = ()
+) -> tuple[dict[str, Any], str]:
+    """Trained arrays of the model's own by PEFT's name, and PEFT's word for which biases are among
+    them."""
+    tensors, biases = {}, "none"
+    parameters = trees.flatten(params)
+    for path in trees.select(parameters, trainable, field="trainable"):
+        depth = 1 if path.startswith("layers/") else 0
+        for index in np.ndindex(tuple(parameters[path].shape[:depth])):
+            module = hugging_face_name(model, path, *index)
+            kind, array = path.rsplit("/", 1)[1], np.asarray(parameters[path][index])
+            if module in adapted and kind == "bias":
+                tensors[f"{module}.base_layer.bias"] = array
+                biases = "lora_only" if biases == "none" else biases
+            else:
+                tensors[f"{module}.{SUFFIXES[kind]}"] = array.T if kind == "kernel" else array
+    lone = _lone_biases(tensors)
+    return tensors, "all" if lone else biases
+
+
+def _lone_biases(tensors: Mapping[str, Any]) -> list[str]:
+    """Biases whose module has no other trained tensor: they are no modules saved whole."""
+    owners = collections.Counter(name.rsplit(".", 1)[0] for name in tensors)
+    return [
+        n
+        for n in tensors
+        if n.endswith(".bias") and owners[n.rsplit(".", 1)[0]] == 1 and ".base_layer." not in n
+    ]
+
+
+def modules_of(tensors: Mapping[str, Any], biases: str) -> list[str] | None:
+    """The modules that are saved whole, as `modules_to_save` names them."""
+    return sorted({n.rsplit(".", 1)[0] for n in tensors if not _is_bias_only(n, biases)}) or None
+
+
+def _is_bias_only(name: str, biases: str) -> bool:
+    return ".base_layer." in name or (biases == "all" and name.endswith(".bias"))
+
+
+def add_plain(
+    pieces: Pieces, key: str, name: str, tensor: np.ndarray, model: Model, paths: Mapping[str, Any]
+) -> None:
+    """Puts a tensor of a module that was saved whole among the pieces."""
+    module, _, suffix = name.rpartition(".")
+    kinds = ("bias",) if suffix == "bias" else ("kernel", "embedding", "scale")
+    module = module.removesuffix(".modules_to_save.default")
+    path, layer = our_path(key, module, kinds, model, paths)
+    pieces.setdefault(path, {})[layer] = tensor.T if path.endswith("/kernel") else tensor
+
+
+def fill(params: Any, pieces: Pieces) -> tuple[Any, tuple[str, ...]]:
+    """Params with the arrays that were saved whole, and the patterns of these."""
+    parameters = trees.flatten(params)
+    changes = {path: _filled(path, parameters[path], layers) for path, layers in pieces.items()}
+    return trees.with_fields(params, changes), tuple(re.escape(path) for path in pieces)
+
+
+def _filled(path: str, value: Any, pieces: Mapping[int | None, np.ndarray]) -> Any:
+    """A plain array with the layers that a file holds in place."""
+    for layer, piece in pieces.items():
+        expected = value.shape if layer is None else value.shape[1:]
+        if piece.shape != tuple(expected):
+            raise ValueError(
+                f"load_peft: {path} is {list(expected)}, the file has {list(piece.shape)}."
+            )
+        piece = jnp.asarray(piece, value.dtype)
+        value = piece if layer is None else value.at[layer].set(piece)
+    return value

@@ -1,0 +1,116 @@
+"""Prompts and prefixes as PEFT keeps them: one tensor `prompt_embeddings`, behind no net any more.
+
+A prefix is `[n, 2 * layers * kv_heads * head_dim]`: layer by layer, keys before values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_ft import trees
+from lorax_ft.interop import files
+from lorax_ft.methods import split_virtual
+from lorax_ft.models.model import Model
+
+PREFIX = "base_model."
+TENSOR = "prompt_embeddings"
+READ = frozenset(
+    """
+    encoder_dropout encoder_hidden_size encoder_num_layers encoder_reparameterization_type
+    init_weights modules_to_save num_attention_heads num_layers num_transformer_submodules
+    num_virtual_tokens prefix_projection prompt_tuning_init prompt_tuning_init_text token_dim
+    tokenizer_kwargs tokenizer_name_or_path
+    """.split()
+)
+
+
+def to_peft(
+    model: Model, params: Any, trainable: trees.Patterns
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(fields of the config, tensors) of a prompt or prefix and of the arrays saved whole.
+
+    A net that makes the vectors is left behind: PEFT keeps what it gives.
+    """
+    own, virtual = split_virtual(params)
+    # files.plain_tensors names parameters of the model alone
+    chosen = [
+        path
+        for path in trees.select(trees.flatten(params), trainable, field="trainable")
+        if not path.startswith(("prompt/", "prefix/"))
+    ]
+    saved, biases = files.plain_tensors(model, own, [re.escape(path) for path in chosen])
+    if virtual.prefix is not None:
+        pieces = np.stack([np.asarray(piece) for piece in virtual.prefix], axis=1)
+        layers, _, length, width = pieces.shape  # [layers, keys or values, n, width]
+        vectors = pieces.transpose(2, 0, 1, 3).reshape(length, -1)
+    else:
+        vectors = np.asarray(virtual.prompt)
+        layers, width = model.config.num_hidden_layers, vectors.shape[1]
+    heads = model.config.num_attention_heads
+    if virtual.prefix is not None:
+        heads = getattr(model.config, "kv_heads", heads)
+    config = {
+        "modules_to_save": files.modules_of(saved, biases),
+        "num_attention_heads": heads,
+        "num_layers": layers,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": vectors.shape[0],
+        "token_dim": width,
+    }
+    config |= (
+        {"prefix_projection": False, "encoder_hidden_size": width}
+        if virtual.prefix is not None
+        else {"prompt_tuning_init": "RANDOM"}
+    )
+    return config, {TENSOR: vectors, **{PREFIX + name: tensor for name, tensor in saved.items()}}
+
+
+def from_peft(
+    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], model: Model, params: Any
+) -> tuple[Any, tuple[str, ...]]:
+    """Params with a `prompt` or `prefix` beside, and the patterns of what is trained."""
+    files.check_fields(config, READ, required=("num_virtual_tokens",))
+    if TENSOR not in tensors:
+        raise ValueError(f"load_peft: {files.WEIGHTS} holds no {TENSOR!r}.")
+    paths = trees.flatten(params)
+    plain: files.Pieces = {}
+    for key, tensor in tensors.items():
+        if key != TENSOR:
+            name = key.removeprefix("base_model.model.").removeprefix(PREFIX)
+            files.add_plain(plain, key, name, tensor, model, paths)
+    params, trained = files.fill(params, plain)
+    vectors, length = tensors[TENSOR], int(config["num_virtual_tokens"])
+    if vectors.shape[0] != length:
+        raise ValueError(
+            f"load_peft: {TENSOR} has {vectors.shape[0]} rows, but num_virtual_tokens is {length}."
+        )
+    if config["peft_type"] == "PREFIX_TUNING":
+        return _with_prefix(vectors, model, params), (*trained, "prefix/.*")
+    d = model.config.hidden_size
+    if vectors.shape[1] != d:
+        raise ValueError(
+            f"load_peft: {TENSOR} has {vectors.shape[1]} numbers a row, but the model's word "
+            f"vectors have {d}. Is this the adapter's base model?"
+        )
+    return {**params, "prompt": {"embedding": jnp.asarray(vectors)}}, (*trained, "prompt/.*")
+
+
+def _with_prefix(vectors: np.ndarray, model: Model, params: Any) -> Any:
+    config = model.config
+    head_dim = getattr(config, "size_of_head", config.hidden_size // config.num_attention_heads)
+    width = getattr(config, "kv_heads", config.num_attention_heads) * head_dim
+    layers, length = config.num_hidden_layers, vectors.shape[0]
+    if vectors.shape[1] != 2 * layers * width:
+        raise ValueError(
+            f"load_peft: {TENSOR} has {vectors.shape[1]} numbers a row, but keys and values of "
+            f"{layers} layers of {width} have {2 * layers * width}. Is this the adapter's base "
+            "model?"
+        )
+    pieces = vectors.reshape(length, layers, 2, width).transpose(1, 2, 0, 3)
+    prefix = {"key": jnp.asarray(pieces[:, 0]), "value": jnp.asarray(pieces[:, 1])}
+    return {**params, "prefix": prefix}

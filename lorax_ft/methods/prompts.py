@@ -1,0 +1,244 @@
+"""Prompt tuning, P-tuning and prefix tuning: trained vectors that stand before the real tokens.
+
+They add a small subtree to the parameters, `prompt` or `prefix`, which the models here look for.
+Prompts (Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning") are vectors
+before the word vectors; P-tuning (Liu et al. 2021, "GPT Understands, Too") makes them by a small
+net; prefixes (Li and Liang 2021, "Prefix-Tuning") are keys and values before those of every layer.
+Unlike other methods they change the output from the first step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax_ft import trees
+from lorax_ft.leaves import is_leaf
+from lorax_ft.methods.targets import Uses, modules
+
+Array = jax.Array
+STARTS = ("random", "vocabulary", "ids")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """Vectors before the word vectors."""
+
+    length: int = 20  # how many
+    initialization: str = "random"  # random, vocabulary (words drawn at random), ids
+    ids: tuple[int, ...] = ()  # the words that "ids" starts from, repeated to the length
+    text: str | None = None  # a text to take `ids` from, by the run's tokenizer
+    stddev: float = 0.02  # of a random start
+    modules_to_save: tuple[str, ...] = ()  # modules trained whole, such as a new classifier
+
+    def __post_init__(self):
+        _check_length(self)
+        if self.initialization not in STARTS:
+            raise ValueError(
+                f"PromptConfig.initialization is {self.initialization!r}, expected one of "
+                f"{', '.join(STARTS)}."
+            )
+        if (self.initialization == "ids") != bool(self.ids or self.text):
+            raise ValueError("PromptConfig: ids or text, and initialization='ids', go together.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PTuningConfig:
+    """Vectors before the word vectors, made by a net of two hidden layers (ReLU)."""
+
+    length: int = 20
+    hidden: int | None = None  # width of the net; None: that of the model
+    stddev: float = 0.02
+    modules_to_save: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        _check_length(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefixConfig:
+    """Keys and values before those of every layer."""
+
+    length: int = 20
+    projection: int | None = None  # width of the net (tanh) that makes them; None: trained as such
+    stddev: float = 0.02
+    modules_to_save: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        _check_length(self)
+
+
+def add_prompt(
+    params: Any, config: PromptConfig, key: Array, uses: Uses = None, quantization: Any = None
+) -> Any:
+    """Adds `prompt/embedding` [length, d]."""
+    del quantization
+    table = trees.flatten(params)[_word_table(params, uses)]
+    if config.initialization == "random":
+        rows = jax.random.normal(key, (config.length, table.shape[-1])) * config.stddev
+    else:
+        if config.text is not None and not config.ids:
+            raise ValueError("PromptConfig.text has to be made ids of first, by a tokenizer.")
+        ids = jnp.resize(jnp.asarray(config.ids or 0, jnp.int32), config.length)
+        if config.initialization == "vocabulary":
+            ids = jax.random.randint(key, (config.length,), 0, table.shape[0])
+        rows = table.take(ids) if is_leaf(table) else table[ids]
+    return _with_subtree(params, "prompt", {"embedding": rows.astype(jnp.float32)})
+
+
+def add_p_tuning(
+    params: Any, config: PTuningConfig, key: Array, uses: Uses = None, quantization: Any = None
+) -> Any:
+    """Adds `prompt/embedding` [length, d] and the net `prompt/net_0`, `net_1`, `net_2`."""
+    del quantization
+    d = trees.flatten(params)[_word_table(params, uses)].shape[-1]
+    hidden = config.hidden or d
+    keys = jax.random.split(key, 4)
+    subtree = {"embedding": jax.random.normal(keys[0], (config.length, d)) * config.stddev}
+    for i, shape in enumerate([(d, hidden), (hidden, hidden), (hidden, d)]):
+        subtree[f"net_{i}"] = _layer(keys[i + 1], *shape)
+    return _with_subtree(params, "prompt", subtree)
+
+
+def add_prefix(
+    params: Any, config: PrefixConfig, key: Array, uses: Uses = None, quantization: Any = None
+) -> Any:
+    """Adds `prefix/key` and `prefix/value` [layers, length, kv_heads * head_dim], or a net for
+    them."""
+    del quantization
+    layers, width = _keys_of(params)
+    keys = jax.random.split(key, 3)
+    if config.projection is None:
+        shape = (layers, config.length, width)
+        subtree: dict[str, Any] = {
+            name: jax.random.normal(k, shape) * config.stddev
+            for name, k in zip(("key", "value"), keys)
+        }
+    else:
+        subtree = {
+            "embedding": jax.random.normal(keys[0], (config.length, width)) * config.stddev,
+            "net_0": _layer(keys[1], width, config.projection),
+            "net_1": _layer(keys[2], config.projection, 2 * layers * width),
+        }
+    return _with_subtree(params, "prefix", subtree)
+
+
+def trained(params: Any, config: Any, uses: Uses = None) -> list[str]:
+    """Paths of what the method adds, and of the modules that are trained whole."""
+    field = f"{type(config).__name__}.modules_to_save"
+    names = {PromptConfig: (), PTuningConfig: range(3), PrefixConfig: range(2)}[type(config)]
+    nets = [f"net_{i}/{part}" for i in names for part in ("kernel", "bias")]
+    if isinstance(config, PrefixConfig):
+        added = ["prefix/key", "prefix/value"]
+        if config.projection is not None:
+            added = [f"prefix/{name}" for name in ("embedding", *nets)]
+    else:
+        added = [f"prompt/{name}" for name in ("embedding", *nets)]
+    return [*added, *modules(trees.flatten(params), config.modules_to_save, field=field)]
+
+
+# --- What a model makes of them -------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Virtual:
+    """What stands before the real tokens: any of the two may be None."""
+
+    prompt: Array | None = None  # [n, d]
+    prefix: tuple[Array, Array] | None = None  # keys and values [layers, n, kv_heads * head_dim]
+
+    @property
+    def prompt_length(self) -> int:
+        return 0 if self.prompt is None else self.prompt.shape[0]
+
+    @property
+    def prefix_length(self) -> int:
+        return 0 if self.prefix is None else self.prefix[0].shape[1]
+
+
+def split_virtual(params: Mapping[str, Any]) -> tuple[dict[str, Any], Virtual]:
+    """(the model's own parameters, what stands before the real tokens)."""
+    own = {name: value for name, value in params.items() if name not in ("prompt", "prefix")}
+    prompt = prefix = None
+    if "prompt" in params:
+        prompt = _net(params["prompt"], jax.nn.relu)
+    if "prefix" in params:
+        prefix = _prefix(params["prefix"])
+    return own, Virtual(prompt, prefix)
+
+
+def _prefix(subtree: Mapping[str, Any]) -> tuple[Array, Array]:
+    if "key" in subtree:
+        return subtree["key"], subtree["value"]
+    flat = _net(subtree, jnp.tanh)  # [n, 2 * layers * width]: layer by layer, keys before values
+    length, width = subtree["embedding"].shape
+    pieces = flat.reshape(length, -1, 2, width).transpose(1, 2, 0, 3)
+    return pieces[:, 0], pieces[:, 1]
+
+
+def _net(subtree: Mapping[str, Any], activation: Any) -> Array:
+    """The vectors, behind the net if there is one."""
+    x = subtree["embedding"]
+    count = sum(name.startswith("net_") for name in subtree)
+    for i in range(count):
+        layer = subtree[f"net_{i}"]
+        x = x @ layer["kernel"] + layer["bias"][None]
+        x = activation(x) if i < count - 1 else x
+    return x
+
+
+# --- Sizes ----------------------------------------------------------------------------------------
+
+
+def _word_table(params: Any, uses: Uses) -> str:
+    """The path of the word vectors: the largest table that is looked up in."""
+    parameters = trees.flatten(params)
+    tables = [
+        path
+        for path in parameters
+        if (uses[path].kind == "embedding" if uses else path.endswith("embedding"))
+    ]
+    if not tables:
+        raise ValueError("a prompt stands before word vectors, but the model looks up none.")
+    return max(tables, key=lambda path: parameters[path].shape[0])
+
+
+def _keys_of(params: Any) -> tuple[int, int]:
+    """(layers, kv_heads * head_dim), read off the kernels that make keys."""
+    found = {
+        path: value
+        for path, value in trees.flatten(params).items()
+        if re.fullmatch(r"(.*/)?layers(_\d+)?/attention/(key|qkv)/kernel", path)
+    }
+    if not found:
+        raise ValueError("a prefix stands before a layer's keys, but the model names none of them.")
+    path, kernel = next(iter(found.items()))
+    width = kernel.shape[-1] // (3 if "/qkv/" in path else 1)
+    layers = len(found) if re.search(r"layers_\d", path) else kernel.shape[0]
+    return layers, width
+
+
+def _layer(key: Array, d_in: int, d_out: int) -> dict[str, Array]:
+    """A dense layer as torch starts one: uniform in +-1/sqrt(d_in)."""
+    bound = d_in**-0.5
+    key_kernel, key_bias = jax.random.split(key)
+    return {
+        "kernel": jax.random.uniform(key_kernel, (d_in, d_out), jnp.float32, -bound, bound),
+        "bias": jax.random.uniform(key_bias, (d_out,), jnp.float32, -bound, bound),
+    }
+
+
+def _with_subtree(params: Any, name: str, subtree: dict[str, Any]) -> Any:
+    if name in params:
+        raise ValueError(f"the parameters have a {name!r} already.")
+    return {**params, name: subtree}
+
+
+def _check_length(config: Any) -> None:
+    if config.length < 1:
+        raise ValueError(f"{type(config).__name__}.length must be at least 1, got {config.length}.")
