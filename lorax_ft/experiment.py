@@ -233,26 +233,26 @@ def _save(experiment: Experiment, directory: pathlib.Path, train: PyTree) -> Non
 
 def _export(experiment: Experiment, directory: pathlib.Path, params: PyTree) -> None:
     """Writes the adapter as a PEFT directory, where PEFT has a word for it."""
-    lora, params = experiment.config.lora, methods.as_lora(params)
-    adapts = any(value is not None for value in (lora, *_peft_sections(experiment.config)))
-    decomposed = lora is not None and lora.initialization in DECOMPOSITIONS  # changes the base
-    if not adapts or decomposed or not interop.can_save(params):
+    config = experiment.config
+    low_rank = [section for section in (config.lora, config.adalora) if section is not None]
+    others = (config.ia3, config.prompt, config.p_tuning, config.prefix)
+    if not low_rank and not any(others):
+        return
+    if config.lora is not None and config.lora.initialization in DECOMPOSITIONS:
+        return  # it changes the base
+    params = methods.as_lora(params)
+    if not interop.can_save(params):
         return
     shutil.rmtree(directory, ignore_errors=True)  # of a session that broke off
-    factored = [config for config in (lora, experiment.config.adalora) if config is not None]
     interop.save_peft(
         directory,
         experiment.adapted.model,
         params,
         experiment.adapted.trainable,
-        base_name=experiment.config.model.path,
-        dropout=max(config.dropout for config in factored) if factored else 0.0,
-        rslora=lora.rslora if lora else False,
+        base_name=config.model.path,
+        dropout=max((section.dropout for section in low_rank), default=0.0),
+        rslora=config.lora is not None and config.lora.rslora,
     )
-
-
-def _peft_sections(config: ExperimentConfig) -> tuple[Any, ...]:
-    return config.adalora, config.ia3, config.prompt, config.p_tuning, config.prefix
 
 
 def _baseline(experiment: Experiment) -> float | None:

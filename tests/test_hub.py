@@ -50,7 +50,8 @@ def test_saving_what_was_loaded_gives_every_tensor_back(tmp_path, case, scan_lay
     assert saved.keys() == original.keys()
     assert all(np.array_equal(saved[name], original[name]) for name in original)
     again, _ = models.load(tmp_path / "saved", scan_layers=scan_layers)
-    assert again == model
+    assert (again.task, again.compute) == (model.task, model.compute)
+    assert again.config.to_hugging_face() == model.config.to_hugging_face()
 
 
 def test_a_bare_encoder_is_saved_without_the_prefix_of_a_headed_one(tmp_path):
@@ -224,8 +225,8 @@ def test_module_names_are_those_of_transformers_and_can_be_inverted(case, scan_l
     modules = {name.rpartition(".")[0] for name in tensors}
 
     named = set()
-    for path in trees.flatten(params):
-        for layer in (0, 1) if path.startswith("layers/") else (None,):
+    for path, array in trees.flatten(params).items():
+        for layer in range(len(array)) if path.startswith("layers/") else (None,):
             name = models.hugging_face_name(model, path, layer)
             module, found = models.module_path(model, name)
             named.add(name)
@@ -367,9 +368,9 @@ def test_a_damaged_config_raises_with_its_name(checkpoint, content):
 
 
 def test_a_model_type_that_is_not_handled_raises(checkpoint):
-    edit_config(checkpoint, model_type="gpt2")
+    edit_config(checkpoint, model_type="mamba")
 
-    with pytest.raises(ValueError, match=r"'gpt2' is not handled, only 'bert', 'llama'"):
+    with pytest.raises(ValueError, match=r"'mamba' is not handled, only 'bert', .*'llama'"):
         models.load(checkpoint)
 
 

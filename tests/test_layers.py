@@ -21,6 +21,13 @@ CONFIGS = {
         intermediate_size=24,
         initializer_range=0.3,
     ),
+    "gpt2": models.Gpt2Config(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.3,
+    ),
     "llama": models.LlamaConfig(
         vocab_size=20,
         hidden_size=16,
@@ -32,6 +39,15 @@ CONFIGS = {
         attention_dropout=0.1,
     ),
 }
+CONFIGS["gemma2"] = dataclasses.replace(
+    CONFIGS["llama"],
+    model_type="gemma2",
+    sliding_window=2,
+    layer_types=("sliding_attention", "full_attention"),
+    query_pre_attn_scalar=6,
+    attn_logit_softcapping=2.0,
+    final_logit_softcapping=5.0,
+)
 INPUTS = {
     "input_ids": jnp.array([[3, 4, 5, 6], [7, 8, 0, 0]]),
     "attention_mask": jnp.array([[1, 1, 1, 1], [1, 1, 0, 0]]),
@@ -64,6 +80,7 @@ def test_unrolled_layers_compute_what_stacked_ones_do(family):
         ("bert", True, "dots"),
         ("llama", True, "dots_without_batch"),
         ("llama", False, "full"),
+        ("gemma2", True, "full"),
     ],
 )
 def test_remat_changes_no_gradient_even_with_dropout(family, scan_layers, remat):

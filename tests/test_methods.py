@@ -29,7 +29,7 @@ VARIANTS = {"scanned-nf4": (True, True), "unrolled-float32": (False, False)}
 METHODS = {  # a config for each row of the table
     "lora": methods.LoraConfig(rank=2),
     "dora": methods.LoraConfig(rank=2, dora=True),
-    "adalora": methods.AdaLoraConfig(rank=2, target_rank=1),
+    "adalora": methods.AdaLoraConfig(rank=3, target_rank=2),
     "vera": methods.VeraConfig(rank=8),
     "ia3": methods.IA3Config(),
     "houlsby": methods.AdapterConfig(size=4),

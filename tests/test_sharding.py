@@ -185,6 +185,7 @@ def test_optimizer_state_lies_as_its_parameters():
 @pytest.mark.parametrize(("path", "shape", "spec"), [
     ("layers/attention/query/kernel", (2, 8, 8), P(None, "fsdp", "tensor")),
     ("layers_0/attention/value/kernel", (8, 8), P("fsdp", "tensor")),
+    ("layers/attention/qkv/kernel", (2, 8, 24), P(None, "fsdp", "tensor")),
     ("layers/mlp/gate/kernel", (2, 8, 8), P(None, "fsdp", "tensor")),
     ("layers/attention/output/kernel", (2, 8, 8), P(None, "tensor", "fsdp")),
     ("layers/mlp/down/kernel", (2, 8, 8), P(None, "tensor", "fsdp")),
@@ -199,7 +200,7 @@ def test_optimizer_state_lies_as_its_parameters():
     ("classifier/kernel", (8, 2), P("fsdp", None)),
     ("classifier/bias", (3,), P(None)),
 ])  # fmt: skip
-def test_the_rules_know_the_names_of_bert_and_llama(path, shape, spec):
+def test_the_rules_know_the_names_of_every_family(path, shape, spec):
     params: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
     for name in reversed(path.split("/")):
         params = {name: params}

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorax_ft import trees
 from lorax_ft.interop import files, ia3, lora, prompts
-from lorax_ft.leaves import is_leaf
+from lorax_ft.leaves import Leaf
 from lorax_ft.methods import IA3, DoRA, IA3Bias, LoRA
 from lorax_ft.models import Model
 
@@ -102,9 +102,10 @@ def _kind(params: Any) -> str:
             kinds.add("LORA")
         elif isinstance(value, (IA3, IA3Bias)):
             kinds.add("IA3")
-        elif is_leaf(value) and hasattr(value, "base"):
+        elif isinstance(value, Leaf) and value.trainable_count():
             raise ValueError(
-                f"save_peft: {path} is a {trees.kind(value)} leaf, which PEFT has no files for."
+                f"save_peft: {path} is a {trees.kind(value)} leaf, which PEFT has no files for. "
+                "as_lora(params) makes LoRA of AdaLoRA, select(adapters, name) of MixedLoRA."
             )
     if len(kinds) > 1:
         raise ValueError(f"save_peft: a PEFT directory holds one method, not {sorted(kinds)}.")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_ft import trees
-from lorax_ft.models.hugging_face import SUFFIXES, split_layer
+from lorax_ft.models.hugging_face import SUFFIXES, is_turned, split_layer
 from lorax_ft.models.model import Model, hugging_face_name, module_path
 from lorax_ft.models.tensor_files import new_directory
 
@@ -114,7 +114,7 @@ def our_path(
 
 
 def _is_named(model: Model, path: str) -> bool:
-    return split_layer(path)[0].rpartition("/")[0] in model.family.tables.NAMES
+    return split_layer(path)[0].rpartition("/")[0] in model.family.tables.names
 
 
 # --- Arrays saved whole ---------------------------------------------------------------------------
@@ -136,7 +136,8 @@ def plain_tensors(
                 tensors[f"{module}.base_layer.bias"] = array
                 biases = "lora_only" if biases == "none" else biases
             else:
-                tensors[f"{module}.{SUFFIXES[kind]}"] = array.T if kind == "kernel" else array
+                turned = is_turned(model.family.tables, path)
+                tensors[f"{module}.{SUFFIXES[kind]}"] = array.T if turned else array
     lone = _lone_biases(tensors)
     return tensors, "all" if lone else biases
 
@@ -168,7 +169,9 @@ def add_plain(
     kinds = ("bias",) if suffix == "bias" else ("kernel", "embedding", "scale")
     module = module.removesuffix(".modules_to_save.default")
     path, layer = our_path(key, module, kinds, model, paths)
-    pieces.setdefault(path, {})[layer] = tensor.T if path.endswith("/kernel") else tensor
+    pieces.setdefault(path, {})[layer] = (
+        tensor.T if is_turned(model.family.tables, path) else tensor
+    )
 
 
 def fill(params: Any, pieces: Pieces) -> tuple[Any, tuple[str, ...]]:

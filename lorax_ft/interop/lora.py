@@ -16,6 +16,7 @@ import numpy as np
 from lorax_ft import trees
 from lorax_ft.interop import files
 from lorax_ft.methods import DoRA, LoRA
+from lorax_ft.models.hugging_face import is_turned
 from lorax_ft.models.model import Model, hugging_face_name
 
 PREFIX = "base_model.model."
@@ -49,7 +50,7 @@ def to_peft(
     config = {
         **_ranks_and_alphas(modules, rslora),
         "bias": biases,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": _fan_in_fan_out(model, params),
         "init_lora_weights": True,
         "lora_dropout": dropout,
         "modules_to_save": files.modules_of(saved, biases),
@@ -58,6 +59,16 @@ def to_peft(
         "use_rslora": rslora,
     }
     return config, {PREFIX + name: tensor for name, tensor in {**tensors, **saved}.items()}
+
+
+def _fan_in_fan_out(model: Model, params: Any) -> bool:
+    """PEFT's word for adapted kernels that are stored [in, out]; the factors are the same."""
+    return any(
+        isinstance(value, (LoRA, DoRA))
+        and path.endswith("/kernel")
+        and not is_turned(model.family.tables, path)
+        for path, value in trees.flatten(params).items()
+    )
 
 
 def _adapter_tensors(

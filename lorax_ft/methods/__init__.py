@@ -22,16 +22,49 @@ from lorax_ft.methods.adapter_sets import (
     set_index,
     stack_adapters,
 )
-from lorax_ft.methods.adapters import Adapter, AdapterConfig, ParallelAdapter, add_adapters
-from lorax_ft.methods.added_bias import AddedBias, add_biases
-from lorax_ft.methods.combining import COMBINATIONS, CombinationConfig, combine_adapters
-from lorax_ft.methods.dora import DoRA
-from lorax_ft.methods.dropping import set_dropout_key
-from lorax_ft.methods.ia3 import IA3, IA3Bias, IA3Config, add_ia3
-from lorax_ft.methods.lora import LoraConfig, add_lora
-from lorax_ft.methods.lora_leaf import LoRA
-from lorax_ft.methods.merging import Drift, drift, merge, unmerge
-from lorax_ft.methods.mixed_lora import MixedLoRA
+from lorax_ft.methods.adapters import (
+    Adapter,
+    AdapterConfig,
+    ParallelAdapter,
+    add_adapters,
+)
+from lorax_ft.methods.added_bias import (
+    AddedBias,
+    add_biases,
+)
+from lorax_ft.methods.combining import (
+    COMBINATIONS,
+    CombinationConfig,
+    combine_adapters,
+)
+from lorax_ft.methods.dora import (
+    DoRA,
+)
+from lorax_ft.methods.dropping import (
+    set_dropout_key,
+)
+from lorax_ft.methods.ia3 import (
+    IA3,
+    IA3Bias,
+    IA3Config,
+    add_ia3,
+)
+from lorax_ft.methods.lora import (
+    LoraConfig,
+    add_lora,
+)
+from lorax_ft.methods.lora_leaf import (
+    LoRA,
+)
+from lorax_ft.methods.merging import (
+    Drift,
+    drift,
+    merge,
+    unmerge,
+)
+from lorax_ft.methods.mixed_lora import (
+    MixedLoRA,
+)
 from lorax_ft.methods.prompts import (
     PrefixConfig,
     PromptConfig,
@@ -46,8 +79,16 @@ from lorax_ft.methods.selection import (
     NormConfig,
     TopLayersConfig,
 )
-from lorax_ft.methods.table import METHODS, Method, add_methods
-from lorax_ft.methods.vera import VeRA, VeraConfig, add_vera
+from lorax_ft.methods.table import (
+    METHODS,
+    Method,
+    add_methods,
+)
+from lorax_ft.methods.vera import (
+    VeRA,
+    VeraConfig,
+    add_vera,
+)
 
 __all__ = [
     "COMBINATIONS",

@@ -2,6 +2,7 @@
 
 from lorax_ft.models.attention import RotaryConfig
 from lorax_ft.models.bert import Bert, BertConfig, Encoded
+from lorax_ft.models.gpt2 import Gpt2, Gpt2Config
 from lorax_ft.models.hub import fingerprint, load, save
 from lorax_ft.models.layers import ComputeConfig, stack_layers, unstack_layers
 from lorax_ft.models.llama import Llama, LlamaConfig
@@ -12,6 +13,8 @@ __all__ = [
     "BertConfig",
     "ComputeConfig",
     "Encoded",
+    "Gpt2",
+    "Gpt2Config",
     "Llama",
     "LlamaConfig",
     "Model",

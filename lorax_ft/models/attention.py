@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lorax_ft.models.layers import Array, ComputeConfig, Dense, drop, einsum_float32
+from lorax_ft.models.layers import (
+    Array,
+    ComputeConfig,
+    Dense,
+    RMSNorm,
+    drop,
+    einsum_float32,
+    softcapped,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +62,12 @@ class Attention(nn.Module):
     head_dim: int
     compute: ComputeConfig
     use_bias: bool = True
+    use_output_bias: bool | None = None  # as use_bias where None
+    is_fused: bool = False  # one kernel "qkv" [d, query + key + value] in place of three
+    norm_epsilon: float | None = None  # where given, each head's queries and keys are normalised
     is_causal: bool = False
+    scale: float | None = None  # of the products; 1 / sqrt(head_dim) where None
+    softcap: float | None = None  # where given, products become softcap * tanh(product / softcap)
     dropout_rate: float = 0.0  # of the attention weights
     stddev: float = 0.02
 
@@ -65,34 +78,66 @@ class Attention(nn.Module):
         mask: Array | None,
         rotary: tuple[Array, Array] | None = None,
         past: tuple[Array, Array] | None = None,
+        window: int | Array | None = None,
     ) -> Array:
-        """`[batch, length, d]` to the same; `mask` `[batch, 1, 1, keys]`, True for seen keys.
+        """`[batch, length, d]` to the same.
 
-        `past` are keys and values `[n, kv_heads * head_dim]` that stand before those of `x`.
+        Args:
+            x: what attends to itself.
+            mask: `[batch, 1, 1, keys]`, True for seen keys.
+            rotary: cosines and sines of the positions, as `rotary_angles` gives them.
+            past: keys and values `[n, kv_heads * head_dim]` that stand before those of `x`.
+            window: how many keys a query sees, itself among them; all where None.
         """
-
-        def heads(name: str, count: int) -> Array:
-            y = self._dense(count * self.head_dim, name)(x)
-            return y.reshape(*y.shape[:-1], count, self.head_dim)
-
-        query = heads("query", self.num_heads)
-        key = heads("key", self.num_kv_heads)
-        value = heads("value", self.num_kv_heads)
+        query, key, value = self._project(x)
+        if self.norm_epsilon is not None:
+            query = RMSNorm(self.norm_epsilon, self.compute, name="query_norm")(query)
+            key = RMSNorm(self.norm_epsilon, self.compute, name="key_norm")(key)
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
         if past is not None:
             key, value = (_after(p, present) for p, present in zip(past, (key, value)))
-        if self.dropout_rate > 0 and self.has_rng("dropout"):
-            rate, dropout_key = self.dropout_rate, self.make_rng("dropout")
-            y = attend(query, key, value, mask, self.is_causal, rate, dropout_key)
-        elif self.compute.attention == "cudnn":
-            y = attend_fused(query, key, value, mask, self.is_causal)
+        has_dropout = self.dropout_rate > 0 and self.has_rng("dropout")
+        if self.compute.attention == "cudnn" and not has_dropout:
+            if self.softcap is not None:
+                raise ValueError(
+                    "ComputeConfig.attention 'cudnn' knows no softcap, which this model has: "
+                    "say 'xla'."
+                )
+            y = attend_fused(query, key, value, mask, self.is_causal, self.scale, window)
         else:
-            y = attend(query, key, value, mask, self.is_causal)
-        return self._dense(x.shape[-1], "output")(y.reshape(*y.shape[:-2], -1))
+            y = attend(
+                query,
+                key,
+                value,
+                mask,
+                self.is_causal,
+                self.dropout_rate,
+                self.make_rng("dropout") if has_dropout else None,
+                scale=self.scale,
+                softcap=self.softcap,
+                window=window,
+            )
+        use_bias = self.use_bias if self.use_output_bias is None else self.use_output_bias
+        return self._dense(x.shape[-1], use_bias, "output")(y.reshape(*y.shape[:-2], -1))
 
-    def _dense(self, features: int, name: str) -> Dense:
-        return Dense(features, self.compute, self.use_bias, self.stddev, name=name)
+    def _project(self, x: Array) -> tuple[Array, Array, Array]:
+        """Queries, keys and values, `[batch, length, heads, head_dim]` each."""
+        counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        sizes = [count * self.head_dim for count in counts]
+        if self.is_fused:
+            together = self._dense(sum(sizes), self.use_bias, "qkv")(x)
+            parts = jnp.split(together, [sizes[0], sizes[0] + sizes[1]], axis=-1)
+        else:
+            names = ("query", "key", "value")
+            parts = [self._dense(n, self.use_bias, name)(x) for n, name in zip(sizes, names)]
+        query, key, value = (
+            y.reshape(*y.shape[:-1], count, self.head_dim) for y, count in zip(parts, counts)
+        )
+        return query, key, value
+
+    def _dense(self, features: int, use_bias: bool, name: str) -> Dense:
+        return Dense(features, self.compute, use_bias, self.stddev, name=name)
 
 
 def _after(past: Array, present: Array) -> Array:
@@ -112,28 +157,32 @@ def attend(
     is_causal: bool,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | Array | None = None,
 ) -> Array:
     """Scaled dot-product attention by plain products, the softmax in float32.
 
     `query` is `[batch, length, heads, head_dim]`, `key` and `value` have fewer heads or as many;
     where they are longer, what stands first in them is before every query. It is
-    `jax.nn.dot_product_attention` with dropout of the attention weights beside, and gradients of
-    bfloat16 that are not mixed products.
+    `jax.nn.dot_product_attention` with dropout of the attention weights and a softcap of the
+    products beside, and gradients of bfloat16 that are not mixed products.
     """
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
-    scale = jnp.asarray(1 / math.sqrt(head_dim), query.dtype)
+    factor = jnp.asarray(1 / math.sqrt(head_dim) if scale is None else scale, query.dtype)
     # Heads first, and the queries that share a key's head as more rows of it: every product is then
     # a plain batched one, which XLA:CPU computes a third faster than with heads inside.
-    query = (query * scale).reshape(batch, length, kv_heads, -1, head_dim)
+    query = (query * factor).reshape(batch, length, kv_heads, -1, head_dim)
     query = query.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
     scores = einsum_float32("bktd,bksd->bkts", query, key)
     scores = scores.reshape(batch, kv_heads, -1, length, key.shape[2])
+    if softcap is not None:
+        scores = softcapped(scores, softcap)
     lowest = jnp.finfo(jnp.float32).min
-    if is_causal:
-        keys = scores.shape[-1]
-        seen = jnp.tri(length, keys, keys - length, dtype=bool)
+    if (seen := seen_keys(length, key.shape[2], is_causal, window)) is not None:
         scores = jnp.where(seen[None, None, None], scores, lowest)
     if mask is not None:
         scores = jnp.where(mask[:, :, None], scores, lowest)
@@ -147,18 +196,37 @@ def attend(
 
 
 def attend_fused(
-    query: Array, key: Array, value: Array, mask: Array | None, is_causal: bool
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+    is_causal: bool,
+    scale: float | None = None,
+    window: int | Array | None = None,
 ) -> Array:
     """Attention by cuDNN's fused kernel, which keeps no matrix of weights."""
     length, keys = query.shape[1], key.shape[1]
+    # cuDNN's own window is a constant, which one in a scanned layer is not; its own causal mask is
+    # of as many keys as queries
+    if window is not None or (is_causal and keys != length):
+        seen = seen_keys(length, keys, is_causal, window)
+        assert seen is not None
+        mask, is_causal = seen[None, None] if mask is None else mask & seen[None, None], False
     if mask is not None:  # cuDNN does not broadcast it over queries
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, keys))
-    if is_causal and keys != length:
-        seen = jnp.tri(length, keys, keys - length, dtype=bool)[None, None]
-        mask, is_causal = seen if mask is None else mask & seen, False
     return jax.nn.dot_product_attention(
-        query, key, value, mask=mask, is_causal=is_causal, implementation="cudnn"
+        query, key, value, mask=mask, is_causal=is_causal, scale=scale, implementation="cudnn"
     )
+
+
+def seen_keys(length: int, keys: int, is_causal: bool, window: int | Array | None) -> Array | None:
+    """Which keys each query sees: `[length, keys]`; None where all. The last ones are its own."""
+    if window is None:
+        return jnp.tri(length, keys, keys - length, dtype=bool) if is_causal else None
+    position = jnp.arange(keys)
+    behind = position[keys - length :, None] - position[None]
+    seen = behind < window
+    return seen & (behind >= 0) if is_causal else seen & (behind > -window)
 
 
 # --- Rotary positions -----------------------------------------------------------------------------

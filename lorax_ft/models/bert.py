@@ -1,4 +1,7 @@
-"""BERT (Devlin et al. 2019): encoder, classification of sequences and tokens, masked words."""
+"""BERT (Devlin et al. 2019), and RoBERTa and DistilBERT, which differ from it as `encoders` says.
+
+Encoder, classification of sequences and of tokens, masked words.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from flax import linen as nn
 from lorax_ft.methods import Virtual
 from lorax_ft.models import hugging_face
 from lorax_ft.models.attention import Attention
+from lorax_ft.models.encoders import VARIANTS, Variant
 from lorax_ft.models.layers import (
     ACTIVATIONS,
     Array,
@@ -27,60 +31,16 @@ from lorax_ft.models.layers import (
     run_layers,
 )
 
-PREFIX = "bert."
-
-NAMES: hugging_face.Names = {
-    "embeddings/word": "bert.embeddings.word_embeddings",
-    "embeddings/position": "bert.embeddings.position_embeddings",
-    "embeddings/token_type": "bert.embeddings.token_type_embeddings",
-    "embeddings/norm": "bert.embeddings.LayerNorm",
-    "layers/attention/query": "bert.encoder.layer.{layer}.attention.self.query",
-    "layers/attention/key": "bert.encoder.layer.{layer}.attention.self.key",
-    "layers/attention/value": "bert.encoder.layer.{layer}.attention.self.value",
-    "layers/attention/output": "bert.encoder.layer.{layer}.attention.output.dense",
-    "layers/attention_norm": "bert.encoder.layer.{layer}.attention.output.LayerNorm",
-    "layers/mlp/up": "bert.encoder.layer.{layer}.intermediate.dense",
-    "layers/mlp/down": "bert.encoder.layer.{layer}.output.dense",
-    "layers/mlp_norm": "bert.encoder.layer.{layer}.output.LayerNorm",
-    "pooler": "bert.pooler.dense",
-    "classifier": "classifier",
-    "lm_head/transform": "cls.predictions.transform.dense",
-    "lm_head/norm": "cls.predictions.transform.LayerNorm",
-    "lm_head": "cls.predictions",
-}
-
-# Modules that a task may leave unread, and those that may start anew where a checkpoint lacks them.
-HEADS = ("pooler", "classifier", "lm_head")
-NEW_HEADS = HEADS
-
-# What a checkpoint may hold beside these: buffers, heads of other tasks, repetitions of a tensor.
-FOREIGN = (
-    "bert.embeddings.position_ids",
-    "bert.embeddings.token_type_ids",
-    "cls.seq_relationship.weight",
-    "cls.seq_relationship.bias",
-)
-TIED = {
-    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-    "cls.predictions.decoder.bias": "cls.predictions.bias",
-}
-
-# How names ended in checkpoints converted from TensorFlow.
-OLD_SUFFIXES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-
-TASKS = {  # by transformers' class names; the first of a task is the one written
-    "BertModel": "encoder",
-    "BertForSequenceClassification": "sequence_classification",
-    "BertForTokenClassification": "token_classification",
-    "BertForMaskedLM": "masked_lm",
-    "BertForPreTraining": "masked_lm",
-}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BertConfig:
-    """What a BERT is; fields as in transformers' config.json."""
+    """What a BERT is; fields as in transformers' config.json of a BERT.
 
+    Defaults are BERT's. Those of another family are in its `encoders.Variant`, and
+    `from_hugging_face({"model_type": "roberta"})` starts from them.
+    """
+
+    model_type: str = "bert"  # a key of encoders.VARIANTS
     vocab_size: int = 30522
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -91,13 +51,26 @@ class BertConfig:
     attention_probs_dropout_prob: float = 0.1
     classifier_dropout: float | None = None  # hidden_dropout_prob where None
     max_position_embeddings: int = 512
-    type_vocab_size: int = 2
+    type_vocab_size: int = 2  # DistilBERT has no token types
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
     label_names: tuple[str, ...] = ("LABEL_0", "LABEL_1")
 
     def __post_init__(self):
+        if self.model_type not in VARIANTS:
+            raise ValueError(
+                f"BertConfig.model_type must be one of {', '.join(map(repr, VARIANTS))}, "
+                f"got {self.model_type!r}."
+            )
+        for name, theirs in self.variant.field_names.items():
+            if theirs is None and getattr(self, name) != getattr(BertConfig, name):
+                raise ValueError(f"BertConfig.{name} is no setting of a {self.model_type}.")
+        if self.variant.skips_padding and self.pad_token_id is None:
+            raise ValueError(
+                f"BertConfig.pad_token_id must be given for a {self.model_type}, whose positions "
+                "are counted by it."
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"BertConfig.hidden_size ({self.hidden_size}) must be a multiple of "
@@ -110,48 +83,64 @@ class BertConfig:
             )
 
     @property
+    def variant(self) -> Variant:
+        return VARIANTS[self.model_type]
+
+    @property
+    def first_position(self) -> int:
+        """The number of the first token's position."""
+        return (self.pad_token_id or 0) + 1 if self.variant.skips_padding else 0
+
+    @property
+    def sequence_dropout(self) -> float:
+        """The rate before a sequence's classifier."""
+        rate = self.classifier_dropout
+        return self.hidden_dropout_prob if rate is None else rate
+
+    @property
+    def token_dropout(self) -> float:
+        """The rate before the tokens' classifier."""
+        shared = self.variant.classifier_dropout_of_tokens
+        return self.sequence_dropout if shared else self.hidden_dropout_prob
+
+    @property
     def max_length(self) -> int:
         """The longest sequence that has positions."""
-        return self.max_position_embeddings
+        return self.max_position_embeddings - self.first_position
 
     @classmethod
     def from_hugging_face(
         cls, raw: Mapping[str, Any], ignore_fields: tuple[str, ...] = ()
     ) -> BertConfig:
         """Reads a config.json. Raises ValueError naming a field that is not handled."""
-        own = {field.name for field in dataclasses.fields(cls)} - {"label_names"}
+        default = cls(model_type=raw.get("model_type", "bert"))
+        variant, names = default.variant, default.variant.field_names
+        own = {field.name for field in dataclasses.fields(cls)} - {"label_names", "model_type"}
         fields = hugging_face.take_fields(
             raw,
-            fields=own | {"id2label", "num_labels"},
-            neutral={"position_embedding_type": ("absolute",), "tie_word_embeddings": (True,)},
-            harmless=("bos_token_id", "eos_token_id", "directionality", *_POOLER_FIELDS),
+            fields={f for f in own if names.get(f, f)} | {"id2label", "num_labels"},
+            names={field: name for field, name in names.items() if name},
+            neutral=variant.neutral,
+            harmless=variant.harmless,
             ignore=ignore_fields,
         )
         values = {name: value for name, value in fields.items() if name in own}
-        return cls(**values, label_names=hugging_face.label_names(fields))
+        labels = hugging_face.label_names(fields)
+        return dataclasses.replace(default, **{**variant.defaults, **values}, label_names=labels)
 
     def to_hugging_face(self) -> dict[str, Any]:
         """The config.json, without the class name that says the task."""
+        names = self.variant.field_names
         fields = dataclasses.asdict(self)
         labels = hugging_face.label_fields(fields.pop("label_names"))
-        return {"model_type": "bert", **fields, **labels}
-
-
-# Written by Google's converter of the multilingual checkpoints; nothing reads them.
-_POOLER_FIELDS = (
-    "pooler_fc_size",
-    "pooler_num_attention_heads",
-    "pooler_num_fc_layers",
-    "pooler_size_per_head",
-    "pooler_type",
-)
+        return {name: fields[f] for f in fields if (name := names.get(f, f))} | labels
 
 
 class Encoded(NamedTuple):
     """What the bare encoder returns."""
 
     hidden_states: Array  # [batch, length, d]
-    pooled: Array  # [batch, d]
+    pooled: Array  # [batch, d]; the first token's where the family has no pooler
 
 
 class Bert(nn.Module):
@@ -176,36 +165,55 @@ class Bert(nn.Module):
         returned by token is of the real ones.
         """
         config, compute = self.config, self.compute
-        prompt, prefix = virtual.prompt_length, virtual.prefix_length
         embeddings = BertEmbeddings(config, compute, name="embeddings")
-        position_ids = positions(input_ids, position_ids, prompt, prefix)
-        x = embeddings(input_ids, token_type_ids, position_ids, virtual.prompt)
-        mask = key_mask(attention_mask, prompt + prefix)
+        x = embeddings(input_ids, token_type_ids, position_ids, virtual)
+        mask = key_mask(attention_mask, virtual.prompt_length + virtual.prefix_length)
         x = run_layers(BertLayer, config, compute, x, virtual.prefix, mask)
-        first, x = x[:, 0], x[:, prompt:]
+        first, x = x[:, 0], x[:, virtual.prompt_length :]
         if self.task == "masked_lm":
             return BertLMHead(config, compute, name="lm_head")(x, embeddings.word.logits)
         if self.task == "token_classification":
-            return self._classify(x)
+            return self._classify(x, config.token_dropout)
+        if self.task == "sequence_classification" and config.variant.has_dense_classifier:
+            return BertDenseClassifier(config, compute, name="classifier")(first)
+        if self.task == "encoder" and not config.variant.encoder_has_pooler:
+            return Encoded(x, first)
         pooler = Dense(config.hidden_size, compute, stddev=config.initializer_range, name="pooler")
-        pooled = jnp.tanh(pooler(first))
-        return Encoded(x, pooled) if self.task == "encoder" else self._classify(pooled)
+        pooled = ACTIVATIONS[config.variant.pooler_act](pooler(first))
+        if self.task == "encoder":
+            return Encoded(x, pooled)
+        return self._classify(pooled, config.sequence_dropout)
 
-    def _classify(self, x: Array) -> Array:
-        config = self.config
-        rate = config.classifier_dropout
-        x = dropout(self, x, config.hidden_dropout_prob if rate is None else rate)
-        return Dense(
-            len(config.label_names),
-            self.compute,
-            stddev=config.initializer_range,
-            out_dtype=jnp.float32,
-            name="classifier",
-        )(x)
+    def _classify(self, x: Array, rate: float) -> Array:
+        x = dropout(self, x, rate)
+        return _classifier(self.config, self.compute, "classifier")(x)
+
+
+def _classifier(config: BertConfig, compute: ComputeConfig, name: str) -> Dense:
+    count, stddev = len(config.label_names), config.initializer_range
+    return Dense(count, compute, stddev=stddev, out_dtype=jnp.float32, name=name)
+
+
+class BertDenseClassifier(nn.Module):
+    """RoBERTa's head for sequences: a dense layer, tanh, and a projection to the classes."""
+
+    config: BertConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config, compute = self.config, self.compute
+        dense = Dense(config.hidden_size, compute, stddev=config.initializer_range, name="dense")
+        x = jnp.tanh(dense(dropout(self, x, config.sequence_dropout)))
+        x = dropout(self, x, config.sequence_dropout)
+        return _classifier(config, compute, "projection")(x)
 
 
 class BertEmbeddings(nn.Module):
-    """The sum of word, position and token-type vectors, normalised."""
+    """The sum of word, position and token-type vectors, normalised.
+
+    Where the family has no token types, those that a tokenizer gives are left unread.
+    """
 
     config: BertConfig
     compute: ComputeConfig
@@ -218,23 +226,36 @@ class BertEmbeddings(nn.Module):
 
         self.word = table(config.vocab_size)
         self.position = table(config.max_position_embeddings)
-        self.token_type = table(config.type_vocab_size)
+        if config.variant.has_token_types:
+            self.token_type = table(config.type_vocab_size)
         self.norm = LayerNorm(config.layer_norm_eps, self.compute)
 
     def __call__(
         self,
         input_ids: Array,
         token_type_ids: Array | None,
-        position_ids: Array,
-        prompt: Array | None,
+        position_ids: Array | None,
+        virtual: Virtual,
     ) -> Array:
-        if token_type_ids is None:
-            token_type_ids = jnp.zeros((1, 1), jnp.int32)
-        elif prompt is not None:
-            token_type_ids = jnp.pad(token_type_ids, ((0, 0), (prompt.shape[0], 0)))
-        words = before(prompt, self.word(input_ids))
-        x = words + self.token_type(token_type_ids) + self.position(position_ids)
+        x = before(virtual.prompt, self.word(input_ids))
+        position_ids = self._positions(input_ids, position_ids, virtual)
+        if self.config.variant.has_token_types:
+            if token_type_ids is None:
+                token_type_ids = jnp.zeros((1, 1), jnp.int32)
+            elif virtual.prompt_length:
+                token_type_ids = jnp.pad(token_type_ids, ((0, 0), (virtual.prompt_length, 0)))
+            x = x + self.token_type(token_type_ids)
+        x = x + self.position(position_ids)
         return dropout(self, self.norm(x), self.config.hidden_dropout_prob)
+
+    def _positions(self, input_ids: Array, position_ids: Array | None, virtual: Virtual) -> Array:
+        prompt, prefix, pad = virtual.prompt_length, virtual.prefix_length, self.config.pad_token_id
+        if not self.config.variant.skips_padding:
+            return positions(input_ids, position_ids, prompt, prefix)
+        if prompt or position_ids is not None:  # as transformers, which looks at no ids then
+            return positions(input_ids, position_ids, prompt, prefix, start=pad + 1)
+        is_token = (input_ids != pad).astype(jnp.int32)
+        return (is_token.cumsum(axis=1) + prefix) * is_token + pad
 
 
 class BertLayer(nn.Module):
@@ -288,7 +309,7 @@ class BertLMHead(nn.Module):
         config, compute = self.config, self.compute
         stddev = config.initializer_range
         x = Dense(config.hidden_size, compute, stddev=stddev, name="transform")(x)
-        x = activate(x, config.hidden_act)
+        x = activate(x, config.variant.lm_head_act or config.hidden_act)
         x = LayerNorm(config.layer_norm_eps, compute, name="norm")(x)
         shape, dtype = (config.vocab_size,), jnp.dtype(compute.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, shape, dtype)

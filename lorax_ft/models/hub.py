@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_ft.leaves import is_leaf
+from lorax_ft.models.hugging_face import is_turned
 from lorax_ft.models.layers import Array, PyTree
 from lorax_ft.models.matching import (
     Checkpoint,
@@ -148,7 +149,7 @@ def save(
     tables, names = model.family.tables, {}
     for path, array in flatten(params).items():
         for layer, name in tensor_names(model, path, array.shape).items():
-            names[name.removeprefix(tables.PREFIX) if model.task == "encoder" else name] = (
+            names[name.removeprefix(tables.prefix) if model.task == "encoder" else name] = (
                 path,
                 layer,
             )
@@ -157,13 +158,13 @@ def save(
     def read(name: str) -> np.ndarray:
         path, layer = names[name]
         array = np.asarray(arrays[path] if layer is None else arrays[path][layer])
-        return array.T if path.endswith("/kernel") else array
+        return array.T if is_turned(tables, path) else array
 
     sizes = {
         name: arrays[path].nbytes // (1 if layer is None else arrays[path].shape[0])
         for name, (path, layer) in names.items()
     }
-    architecture = next(name for name, task in tables.TASKS.items() if task == model.task)
+    architecture = next(name for name, task in tables.tasks.items() if task == model.task)
     config = {"architectures": [architecture], "dtype": str(next(iter(arrays.values())).dtype)}
     with new_directory(pathlib.Path(directory)) as new:
         write_tensors(new, sizes, read, max_shard_bytes)
@@ -199,7 +200,7 @@ def _read(
 
     def layer(name: str) -> np.ndarray:
         array = checkpoint.read(name).astype(shape.dtype, copy=False)
-        return array.T if path.endswith("/kernel") else array
+        return array.T if is_turned(model.family.tables, path) else array
 
     names = tensor_names(model, path, shape.shape)
     if transform is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,6 +16,28 @@ Names = Mapping[str, str]
 SUFFIXES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 _UNROLLED = re.compile(r"layers_(\d+)/")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tables:
+    """What Hugging Face calls the parts of one family of models."""
+
+    names: Names
+    tasks: Mapping[str, str]  # by transformers' class names; the first of a task is the one written
+    prefix: str  # of names in a model with a head, which those of a bare one lack
+
+    heads: tuple[str, ...]  # modules that a task may leave unread
+    new_heads: tuple[str, ...]  # those of them that start anew where a checkpoint lacks them
+
+    # What a checkpoint may hold beside these: buffers and heads of other tasks, and repetitions.
+    foreign: tuple[str, ...] = ()
+    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    # How names ended in older checkpoints.
+    old_suffixes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    # Modules whose kernels are stored as ours, [in, out], and not as torch's Linear, [out, in].
+    conv1d: frozenset[str] = frozenset()
 
 
 def split_layer(path: str) -> tuple[str, int | None]:
@@ -46,6 +69,12 @@ def module_name(names: Names, path: str, layer: int | None = None) -> str:
 def tensor_name(names: Names, path: str, layer: int | None = None) -> str:
     """Hugging Face's name of the tensor that holds the parameter `path` (of layer `layer`)."""
     return f"{module_name(names, path, layer)}.{SUFFIXES[path.rpartition('/')[2]]}"
+
+
+def is_turned(tables: Tables, path: str) -> bool:
+    """Whether Hugging Face keeps the parameter transposed, as torch's Linear keeps its kernels."""
+    module, _, kind = split_layer(path)[0].rpartition("/")
+    return kind == "kernel" and module not in tables.conv1d
 
 
 def module_path(names: Names, name: str) -> tuple[str, int | None] | None:
@@ -101,6 +130,7 @@ def take_fields(
     raw: Mapping[str, Any],
     *,
     fields: Iterable[str],
+    names: Mapping[str, str] = {},
     neutral: Mapping[str, tuple[Any, ...]] = {},
     harmless: Iterable[str] = (),
     ignore: Iterable[str] = (),
@@ -109,17 +139,19 @@ def take_fields(
 
     Args:
         raw: the whole config.json.
-        fields: entries that the model reads.
+        fields: entries that the model reads, by our names.
+        names: what config.json calls them, where it is not the same.
         neutral: the family's own entries beside `NEUTRAL_VALUES` that must have such a value.
         harmless: the family's own entries beside `HARMLESS_FIELDS` that change nothing.
         ignore: entries that the caller vouches for.
 
     Raises ValueError naming the entry, where one is not handled.
     """
-    fields, harmless, ignore = set(fields), HARMLESS_FIELDS | set(harmless), set(ignore)
+    read = {names.get(field, field): field for field in fields}
+    harmless, ignore = HARMLESS_FIELDS | set(harmless), set(ignore)
     neutral = {**NEUTRAL_VALUES, **neutral}
     for name, value in raw.items():
-        if name in fields or name in harmless or name in ignore:
+        if name in read or name in harmless or name in ignore:
             continue
         if name not in neutral:
             raise ValueError(
@@ -131,7 +163,12 @@ def take_fields(
                 f"config.json: {name} = {value!r} is not handled, only "
                 f"{' or '.join(map(repr, neutral[name]))}: the model would compute something else."
             )
-    return {name: raw[name] for name in fields if name in raw and name not in ignore}
+    return {field: raw[name] for name, field in read.items() if name in raw and name not in ignore}
+
+
+def renamed(fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Fields by what config.json calls them."""
+    return {names.get(field, field): value for field, value in fields.items()}
 
 
 def label_names(raw: Mapping[str, Any]) -> tuple[str, ...]:

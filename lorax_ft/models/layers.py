@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
@@ -82,6 +83,11 @@ class Dense(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (self.features,), param_dtype)
             y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return y
+
+
+def head(features: int, compute: ComputeConfig, stddev: float, name: str) -> Dense:
+    """A layer without bias that makes float32 logits."""
+    return Dense(features, compute, use_bias=False, stddev=stddev, out_dtype=jnp.float32, name=name)
 
 
 class Embedding(nn.Module):
@@ -178,14 +184,17 @@ class RMSNorm(nn.Module):
 
     epsilon: float
     compute: ComputeConfig
+    offset: float = 0.0  # added to the scale; with 1 a scale of zeros changes nothing
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         param_dtype = jnp.dtype(self.compute.param_dtype)
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], param_dtype)
+        start = nn.initializers.constant(1 - self.offset)
+        scale = self.param("scale", start, x.shape[-1:], param_dtype)
         y = x.astype(jnp.float32)
         y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-        return (y * _row(scale, y.ndim)).astype(self.compute.dtype)
+        weight = _row(scale, y.ndim)
+        return (y * (self.offset + weight if self.offset else weight)).astype(self.compute.dtype)
 
 
 def gelu(x: Array) -> Array:
@@ -210,6 +219,11 @@ def activate(x: Array, name: str) -> Array:
     return ACTIVATIONS[name](x.astype(jnp.float32)).astype(x.dtype)
 
 
+def softcapped(x: Array, cap: float) -> Array:
+    """`cap * tanh(x / cap)`: near x where it is small, never beyond the cap."""
+    return cap * jnp.tanh(x / cap)
+
+
 def dropout(module: nn.Module, x: Array, rate: float) -> Array:
     """Zeroes each number with probability `rate`, where `module` has a key named "dropout"."""
     if rate == 0 or not module.has_rng("dropout"):
@@ -220,6 +234,21 @@ def dropout(module: nn.Module, x: Array, rate: float) -> Array:
 def drop(x: Array, rate: float, key: Array) -> Array:
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+def last_token(x: Array, input_ids: Array, mask: Array | None, pad_token_id: int | None) -> Array:
+    """Of `[batch, length, d]` what stands at each sequence's last token that is not padding.
+
+    Padding is what the mask `[batch, length]` says and, as in transformers, whatever has the id
+    `pad_token_id`; of a sequence that is all padding it is the first. The result is `[batch, d]`.
+    """
+    is_token = jnp.ones(input_ids.shape, bool)
+    if mask is not None:
+        is_token &= mask.astype(bool)
+    if pad_token_id is not None:
+        is_token &= input_ids != pad_token_id
+    last = jnp.where(is_token, jnp.arange(input_ids.shape[1])[None], 0).max(axis=1)
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
 
 
 def _row(vector: Array, ndim: int) -> Array:
@@ -237,11 +266,16 @@ def before(prompt: Array | None, x: Array) -> Array:
     return jnp.concatenate([rows, x], axis=1)
 
 
-def positions(ids: Array, position_ids: Array | None, prompt: int, prefix: int) -> Array:
-    """Position ids `[batch or 1, prompt + length]`, counted on from the prefix and the prompt."""
+def positions(
+    ids: Array, position_ids: Array | None, prompt: int, prefix: int, start: int = 0
+) -> Array:
+    """Position ids `[batch or 1, prompt + length]`, counted on from the prefix and the prompt.
+
+    `start` is the first position there is.
+    """
     if position_ids is None:
-        return prefix + jnp.arange(prompt + ids.shape[1])[None]
-    first = jnp.broadcast_to(jnp.arange(prompt)[None], (position_ids.shape[0], prompt))
+        return start + prefix + jnp.arange(prompt + ids.shape[1])[None]
+    first = start + jnp.broadcast_to(jnp.arange(prompt)[None], (position_ids.shape[0], prompt))
     return prefix + jnp.concatenate([first, position_ids + prompt], axis=1)
 
 
@@ -263,29 +297,33 @@ def run_layers(
     x: Array,
     past: tuple[Array, Array] | None,
     *inputs: Any,
+    by_layer: np.ndarray | None = None,
 ) -> Array:
     """Runs `config.num_hidden_layers` times `x, _ = layer(config, compute)(x, past, *inputs)`.
 
     Every layer gets its own of `past` `[layers, ...]`, and the same inputs. Call it inside a
     compact method. The parameters are stacked at `layers/...`, or each layer's own at
-    `layers_0/...`, `layers_1/...`, as `compute.scan_layers` says.
+    `layers_0/...`, `layers_1/...`, as `compute.scan_layers` says. `by_layer` is `[layers]`: each
+    layer gets its own number as one more input; without it there is none.
     """
     policy = REMAT_POLICIES[compute.remat]
     if policy is not None:
         layer = nn.remat(layer, policy=policy, prevent_cse=not compute.scan_layers)
     if not compute.scan_layers:
         for i in range(config.num_hidden_layers):
-            own = jax.tree.map(lambda array, i=i: array[i], past)
-            x, _ = layer(config, compute, name=f"layers_{i}")(x, own, *inputs)
+            own = () if by_layer is None else (by_layer[i],)
+            before_it = jax.tree.map(lambda array, i=i: array[i], past)
+            x, _ = layer(config, compute, name=f"layers_{i}")(x, before_it, *inputs, *own)
         return x
+    own, axes = ((), ()) if by_layer is None else ((jnp.asarray(by_layer),), (0,))
     scanned = nn.scan(
         layer,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(0, *(nn.broadcast,) * len(inputs)),  # pyright: ignore[reportArgumentType]
+        in_axes=(0, *(nn.broadcast,) * len(inputs), *axes),  # pyright: ignore[reportArgumentType]
         length=config.num_hidden_layers,
     )
-    x, _ = scanned(config, compute, name="layers")(x, past, *inputs)
+    x, _ = scanned(config, compute, name="layers")(x, past, *inputs, *own)
     return x
 
 

@@ -1,17 +1,23 @@
-"""LLaMA (Touvron et al. 2023): causal language modelling and sequence classification."""
+"""LLaMA (Touvron et al. 2023), and the families that differ from it as `decoders` says.
+
+Causal language modelling and sequence classification.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from lorax_ft.methods import Virtual
 from lorax_ft.models import hugging_face
 from lorax_ft.models.attention import Attention, RotaryConfig, rotary_angles
+from lorax_ft.models.decoders import FULL, SLIDING, VARIANTS, Variant
 from lorax_ft.models.layers import (
     ACTIVATIONS,
     Array,
@@ -21,49 +27,35 @@ from lorax_ft.models.layers import (
     RMSNorm,
     activate,
     before,
+    head,
     key_mask,
+    last_token,
     positions,
     run_layers,
+    softcapped,
 )
 
-PREFIX = "model."
-
-NAMES: hugging_face.Names = {
-    "embeddings/word": "model.embed_tokens",
-    "layers/attention_norm": "model.layers.{layer}.input_layernorm",
-    "layers/attention/query": "model.layers.{layer}.self_attn.q_proj",
-    "layers/attention/key": "model.layers.{layer}.self_attn.k_proj",
-    "layers/attention/value": "model.layers.{layer}.self_attn.v_proj",
-    "layers/attention/output": "model.layers.{layer}.self_attn.o_proj",
-    "layers/mlp_norm": "model.layers.{layer}.post_attention_layernorm",
-    "layers/mlp/gate": "model.layers.{layer}.mlp.gate_proj",
-    "layers/mlp/up": "model.layers.{layer}.mlp.up_proj",
-    "layers/mlp/down": "model.layers.{layer}.mlp.down_proj",
-    "norm": "model.norm",
-    "lm_head": "lm_head",
-    "score": "score",
-}
-
-# Modules that a task may leave unread, and those that may start anew where a checkpoint lacks them.
-HEADS = ("lm_head", "score")
-NEW_HEADS = ("score",)
-
-# What a checkpoint may hold beside these: buffers, and repetitions of a tensor of a tied model.
-FOREIGN = ("model.rotary_emb.inv_freq", "model.layers.{layer}.self_attn.rotary_emb.inv_freq")
-TIED = {"lm_head.weight": "model.embed_tokens.weight"}
-
-OLD_SUFFIXES: Mapping[str, str] = {}
-
-TASKS = {  # by transformers' class names; the first of a task is the one written
-    "LlamaForCausalLM": "causal_lm",
-    "LlamaForSequenceClassification": "sequence_classification",
-}
+# Fields that only some families have, as their `Variant.fields` say.
+SPECIAL = (
+    "attention_bias",
+    "mlp_bias",
+    "sliding_window",
+    "layer_types",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """What a LLaMA is; fields as in transformers' config.json."""
+    """What a LLaMA is; fields as in transformers' config.json.
 
+    Defaults are LLaMA's. Those of another family are in its `decoders.Variant`, and
+    `from_hugging_face({"model_type": "qwen3"})` starts from them.
+    """
+
+    model_type: str = "llama"  # a key of decoders.VARIANTS
     vocab_size: int = 32000
     hidden_size: int = 4096
     num_hidden_layers: int = 32
@@ -78,6 +70,13 @@ class LlamaConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     attention_dropout: float = 0.0
+    sliding_window: int | None = (
+        None  # how many tokens a token sees, itself among them; all if None
+    )
+    layer_types: tuple[str, ...] | None = None  # each layer's, FULL or SLIDING; all slide if None
+    query_pre_attn_scalar: float | None = None  # products are divided by its root; head_dim if None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     pad_token_id: int | None = None
@@ -86,6 +85,17 @@ class LlamaConfig:
     label_names: tuple[str, ...] = ("LABEL_0", "LABEL_1")
 
     def __post_init__(self):
+        if self.model_type not in VARIANTS:
+            raise ValueError(
+                f"LlamaConfig.model_type must be one of {', '.join(map(repr, VARIANTS))}, "
+                f"got {self.model_type!r}."
+            )
+        for name in sorted(set(SPECIAL) - set(self.variant.fields)):
+            if (value := getattr(self, name)) != getattr(LlamaConfig, name):
+                raise ValueError(
+                    f"LlamaConfig.{name} is {value!r}, but is no setting of a {self.model_type}."
+                )
+        self._check_windows()
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"LlamaConfig.hidden_size ({self.hidden_size}) must be a multiple of "
@@ -106,6 +116,39 @@ class LlamaConfig:
                 f"got {self.hidden_act!r}."
             )
 
+    def _check_windows(self) -> None:
+        types = self.layer_types or ()
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(
+                f"LlamaConfig.sliding_window must be at least 1, got {self.sliding_window}."
+            )
+        if self.layer_types is not None and len(types) != self.num_hidden_layers:
+            raise ValueError(
+                f"LlamaConfig.layer_types has {len(types)} entries for {self.num_hidden_layers} "
+                "layers (num_hidden_layers)."
+            )
+        if unknown := sorted(set(types) - {FULL, SLIDING}):
+            raise ValueError(f"LlamaConfig.layer_types: {unknown} is not handled.")
+        if SLIDING in types and self.sliding_window is None:
+            raise ValueError(
+                f"LlamaConfig.sliding_window must be given where layer_types has {SLIDING!r}."
+            )
+
+    @property
+    def variant(self) -> Variant:
+        return VARIANTS[self.model_type]
+
+    @property
+    def windows(self) -> np.ndarray | None:
+        """How many tokens a token sees in each layer, `[layers]`; None where no layer slides."""
+        types = self.layer_types or (SLIDING,) * self.num_hidden_layers
+        if self.sliding_window is None or SLIDING not in types:
+            return None
+        everything = np.iinfo(np.int32).max
+        return np.array(
+            [self.sliding_window if t == SLIDING else everything for t in types], np.int32
+        )
+
     @property
     def kv_heads(self) -> int:
         return self.num_key_value_heads or self.num_attention_heads
@@ -125,19 +168,27 @@ class LlamaConfig:
         cls, raw: Mapping[str, Any], ignore_fields: tuple[str, ...] = ()
     ) -> LlamaConfig:
         """Reads a config.json. Raises ValueError naming a field that is not handled."""
-        own = {field.name for field in dataclasses.fields(cls)} - {"label_names", "rotary"}
+        default = cls(model_type=raw.get("model_type", "llama"))
+        variant = default.variant
+        others = {"label_names", "model_type", "rotary", *SPECIAL} - set(variant.fields)
+        own = {field.name for field in dataclasses.fields(cls)} - others
         fields = hugging_face.take_fields(
             raw,
-            fields={*own, *_ROTARY_FIELDS, "id2label", "num_labels"},
-            neutral={"partial_rotary_factor": (None, 1.0)},
-            harmless=("max_sequence_length",),
+            fields={*own, *_ROTARY_FIELDS, *_SWITCH[variant.has_window_switch], *_LABELS},
+            names=variant.field_names,
+            neutral={"partial_rotary_factor": (None, 1.0), **variant.neutral},
+            harmless=variant.harmless,
             ignore=ignore_fields,
         )
-        values = {name: value for name, value in fields.items() if name in own}
+        values = {**variant.defaults, **{k: v for k, v in fields.items() if k in own}}
         if isinstance(values.get("eos_token_id"), list):
             values["eos_token_id"] = tuple(values["eos_token_id"])
+        if (act := values.get("hidden_act")) in variant.activations:
+            values["hidden_act"] = variant.activations[act]
+        values |= _read_windows(variant, fields, values.get("num_hidden_layers", 32))
         longest = values.get("max_position_embeddings", cls.max_position_embeddings)
-        return cls(
+        return dataclasses.replace(
+            default,
             **values,
             rotary=_read_rotary(fields, longest),
             label_names=hugging_face.label_names(fields),
@@ -148,8 +199,41 @@ class LlamaConfig:
         fields = dataclasses.asdict(self)
         labels = hugging_face.label_fields(fields.pop("label_names"))
         rotary = _write_rotary(RotaryConfig(**fields.pop("rotary")))
+        for name in set(SPECIAL) - set(self.variant.fields):
+            del fields[name]
         filled = {"num_key_value_heads": self.kv_heads, "head_dim": self.size_of_head}
-        return {"model_type": "llama", **fields, **filled, **rotary, **labels}
+        filled |= _write_windows(self)
+        renamed = hugging_face.renamed({**fields, **filled}, self.variant.field_names)
+        return {**renamed, **rotary, **labels}
+
+
+_LABELS = ("id2label", "num_labels")
+_SWITCH = {True: ("use_sliding_window", "max_window_layers"), False: ()}
+
+
+def _read_windows(variant: Variant, fields: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """Which layers slide, by config.json's layer_types or else by the family's rule."""
+    if variant.layer_types is None:
+        return {}
+    types = tuple(fields.get("layer_types") or ())
+    if variant.has_window_switch and not fields.get("use_sliding_window", False):
+        return {"sliding_window": None, "layer_types": types if SLIDING in types else None}
+    return {"layer_types": types or variant.layer_types(layers, fields)}
+
+
+def _write_windows(config: LlamaConfig) -> dict[str, Any]:
+    """The types of layers in full, since what config.json means without them is the family's."""
+    if config.variant.layer_types is None:
+        return {}
+    alike = FULL if config.sliding_window is None else SLIDING
+    types = list(config.layer_types or (alike,) * config.num_hidden_layers)
+    if not config.variant.has_window_switch:
+        return {"layer_types": types}
+    return {
+        "layer_types": types,
+        "use_sliding_window": config.sliding_window is not None,
+        "max_window_layers": types.index(SLIDING) if SLIDING in types else len(types),
+    }
 
 
 _ROTARY_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")
@@ -207,36 +291,28 @@ class Llama(nn.Module):
     ) -> Array:
         """Inputs are integers `[batch, length]`; in the mask 1 is a token and 0 padding."""
         config, compute = self.config, self.compute
-        prompt, prefix = virtual.prompt_length, virtual.prefix_length
         stddev = config.initializer_range
         embeddings = LlamaEmbeddings(config, compute, name="embeddings")
+        prompt, prefix = virtual.prompt_length, virtual.prefix_length
         position_ids = positions(input_ids, position_ids, prompt, prefix)
         rotary = rotary_angles(position_ids, config.size_of_head, config.rotary)
         mask = key_mask(attention_mask, prompt + prefix)
-        x = before(virtual.prompt, embeddings(input_ids))
-        x = run_layers(LlamaLayer, config, compute, x, virtual.prefix, mask, rotary)
-        x = x[:, prompt:]
-        x = RMSNorm(config.rms_norm_eps, compute, name="norm")(x)
+        x, past = embeddings(input_ids, virtual.prompt), virtual.prefix
+        x = run_layers(LlamaLayer, config, compute, x, past, mask, rotary, by_layer=config.windows)
+        x = _norm(config, compute, "norm")(x[:, prompt:])
         if self.task == "sequence_classification":
-            x = jnp.take_along_axis(x, self._last(input_ids, attention_mask)[:, None, None], axis=1)
-            return _head(len(config.label_names), compute, stddev, "score")(x[:, 0])
+            x = last_token(x, input_ids, attention_mask, config.pad_token_id)
+            return head(len(config.label_names), compute, stddev, "score")(x)
         if config.tie_word_embeddings:
-            return embeddings.word.logits(x)
-        return _head(config.vocab_size, compute, stddev, "lm_head")(x)
-
-    def _last(self, input_ids: Array, attention_mask: Array | None) -> Array:
-        """Where each sequence's last token is that is not padding: `[batch]`, 0 where all are."""
-        is_token = jnp.ones(input_ids.shape, bool)
-        if attention_mask is not None:
-            is_token &= attention_mask.astype(bool)
-        if self.config.pad_token_id is not None:
-            is_token &= input_ids != self.config.pad_token_id
-        positions = jnp.arange(input_ids.shape[1])[None]
-        return jnp.where(is_token, positions, 0).max(axis=1)
+            logits = embeddings.word.logits(x)
+        else:
+            logits = head(config.vocab_size, compute, stddev, "lm_head")(x)
+        cap = config.final_logit_softcapping
+        return logits if cap is None else softcapped(logits, cap)
 
 
-def _head(features: int, compute: ComputeConfig, stddev: float, name: str) -> Dense:
-    return Dense(features, compute, use_bias=False, stddev=stddev, out_dtype=jnp.float32, name=name)
+def _norm(config: LlamaConfig, compute: ComputeConfig, name: str) -> RMSNorm:
+    return RMSNorm(config.rms_norm_eps, compute, config.variant.norm_offset, name=name)
 
 
 class LlamaEmbeddings(nn.Module):
@@ -251,8 +327,11 @@ class LlamaEmbeddings(nn.Module):
             config.vocab_size, config.hidden_size, self.compute, config.initializer_range
         )
 
-    def __call__(self, input_ids: Array) -> Array:
-        return self.word(input_ids)
+    def __call__(self, input_ids: Array, prompt: Array | None) -> Array:
+        x = before(prompt, self.word(input_ids))
+        if self.config.variant.scales_embeddings:
+            x = x * jnp.asarray(math.sqrt(self.config.hidden_size), x.dtype)
+        return x
 
 
 class LlamaLayer(nn.Module):
@@ -268,23 +347,37 @@ class LlamaLayer(nn.Module):
         past: tuple[Array, Array] | None,
         mask: Array | None,
         rotary: tuple[Array, Array],
+        window: Array | None = None,
     ) -> tuple[Array, None]:
-        config, compute = self.config, self.compute
-        attention = Attention(
+        y = self._attention()(self._norm("attention_norm", x), mask, rotary, past, window)
+        x = x + self._output_norm("attention_output_norm", y)
+        mlp = LlamaMLP(self.config, self.compute, name="mlp")
+        y = mlp(self._norm("mlp_norm", x))
+        return x + self._output_norm("mlp_output_norm", y), None
+
+    def _attention(self) -> Attention:
+        config, scalar = self.config, self.config.query_pre_attn_scalar
+        return Attention(
             num_heads=config.num_attention_heads,
             num_kv_heads=config.kv_heads,
             head_dim=config.size_of_head,
-            compute=compute,
-            use_bias=config.attention_bias,
+            compute=self.compute,
+            use_bias=config.attention_bias or config.variant.has_qkv_bias,
+            use_output_bias=config.attention_bias,
+            norm_epsilon=config.rms_norm_eps if config.variant.has_qk_norm else None,
             is_causal=True,
+            scale=None if scalar is None else scalar**-0.5,
+            softcap=config.attn_logit_softcapping,
             dropout_rate=config.attention_dropout,
             stddev=config.initializer_range,
             name="attention",
         )
-        norm = RMSNorm(config.rms_norm_eps, compute, name="attention_norm")
-        x = x + attention(norm(x), mask, rotary, past)
-        norm = RMSNorm(config.rms_norm_eps, compute, name="mlp_norm")
-        return x + LlamaMLP(config, compute, name="mlp")(norm(x)), None
+
+    def _norm(self, name: str, x: Array) -> Array:
+        return _norm(self.config, self.compute, name)(x)
+
+    def _output_norm(self, name: str, x: Array) -> Array:
+        return self._norm(name, x) if self.config.variant.has_output_norms else x
 
 
 class LlamaMLP(nn.Module):

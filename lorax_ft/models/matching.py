@@ -46,20 +46,20 @@ class Checkpoint:
 def named(model: Model, tensors: TensorFiles) -> Checkpoint:
     """Renames tensors as the tables do: old endings, and the prefix that a bare model lacks."""
     tables = model.family.tables
-    whole = (*tables.NAMES.values(), *tables.FOREIGN, *tables.TIED)
-    known = (tables.PREFIX, *(name for name in whole if not name.startswith(tables.PREFIX)))
+    whole = (*tables.names.values(), *tables.foreign, *tables.tied)
+    known = (tables.prefix, *(name for name in whole if not name.startswith(tables.prefix)))
     file_names: dict[str, str] = {}
     for own, file in tensors.file_of.items():
         name = own
-        for old, new in tables.OLD_SUFFIXES.items():
+        for old, new in tables.old_suffixes.items():
             if name.endswith(old):
                 name = name.removesuffix(old) + new
         if not name.startswith(known):
-            name = tables.PREFIX + name
+            name = tables.prefix + name
         if name in file_names:
             raise ValueError(f"{file}: {own!r} and {file_names[name]!r} are both {name!r}.")
         file_names[name] = own
-    for repetition, name in tables.TIED.items():
+    for repetition, name in tables.tied.items():
         if repetition in file_names and name not in file_names:
             file_names[name] = file_names.pop(repetition)
     return Checkpoint(tensors=tensors, file_names=file_names)
@@ -68,7 +68,7 @@ def named(model: Model, tensors: TensorFiles) -> Checkpoint:
 def tensor_names(model: Model, path: str, shape: tuple[int, ...]) -> dict[int | None, str]:
     """The tensors that make up a parameter, by layer; by None where it is not stacked."""
     layers = range(shape[0]) if path.startswith("layers/") else (None,)
-    names = model.family.tables.NAMES
+    names = model.family.tables.names
     return {layer: hugging_face.tensor_name(names, path, layer) for layer in layers}
 
 
@@ -78,16 +78,23 @@ def new_parameters(model: Model, checkpoint: Checkpoint, *, resized: bool) -> li
     shapes = flatten(model.shapes())
     heads: dict[str, list[str]] = {}
     for path in shapes:
-        if (head := path.partition("/")[0]) in tables.NEW_HEADS:
+        if (head := path.partition("/")[0]) in tables.new_heads:
             heads.setdefault(head, []).append(path)
 
-    def is_new(path: str) -> bool:
-        name = hugging_face.tensor_name(tables.NAMES, path)
-        if name not in checkpoint.file_names:
-            return True
-        return resized and checkpoint.shape(name)[0] != shapes[path].shape[-1]
+    def is_missing(path: str) -> bool:
+        return hugging_face.tensor_name(tables.names, path) not in checkpoint.file_names
 
-    return [path for paths in heads.values() if all(map(is_new, paths)) for path in paths]
+    def has_other_size(path: str) -> bool:
+        shape = checkpoint.shape(hugging_face.tensor_name(tables.names, path))
+        return shape[0] != shapes[path].shape[-1]
+
+    new = []
+    for paths in heads.values():
+        if all(map(is_missing, paths)):
+            new += paths
+        elif resized:
+            new += [path for path in paths if not is_missing(path) and has_other_size(path)]
+    return new
 
 
 def check_complete(model: Model, checkpoint: Checkpoint, new: list[str]) -> None:
@@ -102,7 +109,8 @@ def check_complete(model: Model, checkpoint: Checkpoint, new: list[str]) -> None
         if path in new:
             continue
         shape = parameter.shape if None in names else parameter.shape[1:]
-        expected = shape[::-1] if path.endswith("/kernel") else shape
+        turned = hugging_face.is_turned(model.family.tables, path)
+        expected = shape[::-1] if turned else shape
         for name in names.values():
             if name not in checkpoint.file_names:
                 missing.append(name)
@@ -124,13 +132,13 @@ def _check_left_over(model: Model, checkpoint: Checkpoint, names: set[str]) -> N
     tables = model.family.tables
     unknown, unread = [], []
     for name in sorted(names):
-        module = hugging_face.module_path(tables.NAMES, name.rpartition(".")[0])
-        if name in tables.TIED and model.task in ("masked_lm", "causal_lm"):
-            _check_repetition(checkpoint, name, tables.TIED[name])
+        module = hugging_face.module_path(tables.names, name.rpartition(".")[0])
+        if name in tables.tied and model.task in ("masked_lm", "causal_lm"):
+            _check_repetition(checkpoint, name, tables.tied[name])
         elif (
-            name in tables.TIED
-            or (module is not None and module[0].partition("/")[0] in tables.HEADS)
-            or any(hugging_face.match_name(template, name) for template in tables.FOREIGN)
+            name in tables.tied
+            or (module is not None and module[0].partition("/")[0] in tables.heads)
+            or any(hugging_face.match_name(template, name) for template in tables.foreign)
         ):
             unread.append(name)
         else:

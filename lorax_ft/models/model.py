@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -14,18 +13,20 @@ import numpy as np
 from flax import linen as nn
 
 from lorax_ft.methods import split_virtual
-from lorax_ft.models import bert, hugging_face, llama
+from lorax_ft.models import decoders, encoders, gpt2, hugging_face
 from lorax_ft.models.bert import Bert, BertConfig
+from lorax_ft.models.gpt2 import Gpt2, Gpt2Config
 from lorax_ft.models.layers import Array, ComputeConfig, PyTree
 from lorax_ft.models.llama import Llama, LlamaConfig
 from lorax_ft.trees import nearest
 
-ModelConfig = BertConfig | LlamaConfig
+ModelConfig = BertConfig | Gpt2Config | LlamaConfig
 
 # What a model reads of a batch, in the order of its module's arguments, and what a batch may hold
 # beside it for the loss.
 INPUTS: Mapping[type, tuple[str, ...]] = {
     BertConfig: ("input_ids", "attention_mask", "token_type_ids", "position_ids"),
+    Gpt2Config: ("input_ids", "attention_mask", "position_ids"),
     LlamaConfig: ("input_ids", "attention_mask", "position_ids"),
 }
 TARGETS = ("labels", "weights", "loss_mask")
@@ -37,12 +38,19 @@ class Family:
 
     config: type[ModelConfig]
     module: type[nn.Module]
-    tables: ModuleType  # NAMES, TASKS, HEADS, ...
+    tables: hugging_face.Tables
 
 
 FAMILIES: Mapping[str, Family] = {  # by config.json's model_type
-    "bert": Family(config=BertConfig, module=Bert, tables=bert),
-    "llama": Family(config=LlamaConfig, module=Llama, tables=llama),
+    **{
+        model_type: Family(config=BertConfig, module=Bert, tables=variant.tables)
+        for model_type, variant in encoders.VARIANTS.items()
+    },
+    "gpt2": Family(config=Gpt2Config, module=Gpt2, tables=gpt2.TABLES),
+    **{
+        model_type: Family(config=LlamaConfig, module=Llama, tables=variant.tables)
+        for model_type, variant in decoders.VARIANTS.items()
+    },
 }
 
 
@@ -62,7 +70,7 @@ class Model:
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
 
     def __post_init__(self):
-        tasks = sorted(set(self.family.tables.TASKS.values()))
+        tasks = sorted(set(self.family.tables.tasks.values()))
         if self.task not in tasks:
             raise ValueError(
                 f"Model.task must be one of {', '.join(map(repr, tasks))} for a "
@@ -71,7 +79,7 @@ class Model:
 
     @property
     def family(self) -> Family:
-        return next(f for f in FAMILIES.values() if f.config is type(self.config))
+        return FAMILIES[self.config.model_type]
 
     @property
     def module(self) -> nn.Module:
@@ -156,12 +164,12 @@ def build(
 
 def hugging_face_name(model: Model, path: str, layer: int | None = None) -> str:
     """Hugging Face's name of a parameter's module, as PEFT files have it: `module_name`."""
-    return hugging_face.module_name(model.family.tables.NAMES, path, layer)
+    return hugging_face.module_name(model.family.tables.names, path, layer)
 
 
 def module_path(model: Model, name: str) -> tuple[str, int | None] | None:
     """The inverse of `hugging_face_name`: our module and the layer; None for an unknown name."""
-    return hugging_face.module_path(model.family.tables.NAMES, name)
+    return hugging_face.module_path(model.family.tables.names, name)
 
 
 def check_inputs(config: ModelConfig, batch: Mapping[str, Any]) -> None:
@@ -171,9 +179,10 @@ def check_inputs(config: ModelConfig, batch: Mapping[str, Any]) -> None:
     """
     _check_length(config, np.shape(batch["input_ids"])[1])
     limits = {"input_ids": ("vocab_size", config.vocab_size)}
+    limits["position_ids"] = ("max_position_embeddings", config.max_length)
     if isinstance(config, BertConfig):
         limits["token_type_ids"] = ("type_vocab_size", config.type_vocab_size)
-    limits["position_ids"] = ("max_position_embeddings", config.max_length)
+        limits["position_ids"] = ("max_position_embeddings", config.max_position_embeddings)
     for name, (field, limit) in limits.items():
         if batch.get(name) is None:
             continue
@@ -217,7 +226,7 @@ def _family_of(raw: Mapping[str, Any]) -> Family:
 
 
 def _task_of(raw: Mapping[str, Any]) -> str:
-    tasks = _family_of(raw).tables.TASKS
+    tasks = _family_of(raw).tables.tasks
     for name in raw.get("architectures") or ():
         if name in tasks:
             return tasks[name]

@@ -68,7 +68,7 @@ class Rule:
 # asked for; vocabularies and numbers of classes are whatever they are, so those axes are replicated
 # then.
 RULES: tuple[Rule, ...] = (
-    Rule(pattern=r".*/(query|key|value|up|gate)/kernel", spec=PartitionSpec("fsdp", "tensor")),
+    Rule(pattern=r".*/(query|key|value|qkv|up|gate)/kernel", spec=PartitionSpec("fsdp", "tensor")),
     Rule(pattern=r".*/(output|down)/kernel", spec=PartitionSpec("tensor", "fsdp")),
     Rule(pattern=r"(.*/)?word/embedding", spec=PartitionSpec("tensor", "fsdp"), uneven="replicate"),
     Rule(pattern=r"(.*/)?embedding", spec=PartitionSpec(None, "fsdp"), uneven="replicate"),
@@ -78,7 +78,7 @@ RULES: tuple[Rule, ...] = (
         uneven="replicate",
     ),
     Rule(
-        pattern=r"(.*/)?(pooler|classifier|score)/kernel",
+        pattern=r"(.*/)?(pooler|classifier|score)(/.*)?/kernel",
         spec=PartitionSpec("fsdp", None),
         uneven="replicate",
     ),

