@@ -156,7 +156,8 @@ class _Start:
     def leaf(self, ranks: np.ndarray, scales: np.ndarray) -> LoRA | DoRA:
         """The leaf with factors of the largest rank, padded by zero rows where a layer's is
         lower."""
-        if isinstance(self.base, Leaf) and self.base.trainable:
+        factored = isinstance(self.base, Leaf) and "b" in self.base.trainable
+        if factored or isinstance(self.base, DoRA):
             raise ValueError(
                 f"LoraConfig.targets: {self.path} has a {trees.kind(self.base)} adapter already."
             )

@@ -51,7 +51,7 @@ def unmerge(merged: Any, params: Any) -> Any:
     """The adapters of `params` round bases such that they merge to `merged` again.
 
     The bases are floats, also where those of `params` are quantised. Raises ValueError for a leaf
-    other than LoRA: DoRA's merged columns, for one, no longer tell how long they were.
+    other than LoRA and AdaLoRA: DoRA's merged columns, for one, no longer tell how long they were.
     """
     arrays = trees.flatten(merged)
 
