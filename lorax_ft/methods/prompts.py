@@ -34,6 +34,7 @@ class PromptConfig:
     ids: tuple[int, ...] = ()  # the words that "ids" starts from, repeated to the length
     text: str | None = None  # a text to take `ids` from, by the run's tokenizer
     stddev: float = 0.02  # of a random start
+    word_scale: float | None = None  # what the model multiplies word vectors by; None: it is known
     modules_to_save: tuple[str, ...] = ()  # modules trained whole, such as a new classifier
 
     def __post_init__(self):
@@ -87,7 +88,8 @@ def add_prompt(
         ids = jnp.resize(jnp.asarray(config.ids or 0, jnp.int32), config.length)
         if config.initialization == "vocabulary":
             ids = jax.random.randint(key, (config.length,), 0, table.shape[0])
-        rows = table.take(ids) if is_leaf(table) else table[ids]
+        rows = (table.take(ids) if is_leaf(table) else table[ids]).astype(jnp.float32)
+        rows = rows * (1.0 if config.word_scale is None else config.word_scale)
     return _with_subtree(params, "prompt", {"embedding": rows.astype(jnp.float32)})
 
 

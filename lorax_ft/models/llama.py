@@ -139,6 +139,10 @@ class LlamaConfig:
         return VARIANTS[self.model_type]
 
     @property
+    def embedding_scale(self) -> float:
+        return math.sqrt(self.hidden_size) if self.variant.scales_embeddings else 1.0
+
+    @property
     def windows(self) -> np.ndarray | None:
         """How many tokens a token sees in each layer, `[layers]`; None where no layer slides."""
         types = self.layer_types or (SLIDING,) * self.num_hidden_layers
@@ -329,8 +333,8 @@ class LlamaEmbeddings(nn.Module):
 
     def __call__(self, input_ids: Array, prompt: Array | None) -> Array:
         x = self.word(input_ids)
-        if self.config.variant.scales_embeddings:  # a prompt is not, as in PEFT
-            x = x * jnp.asarray(math.sqrt(self.config.hidden_size), x.dtype)
+        if (scale := self.config.embedding_scale) != 1:  # a prompt is not scaled, as in PEFT
+            x = x * jnp.asarray(scale, x.dtype)
         return before(prompt, x)
 
 

@@ -82,6 +82,11 @@ class Model:
         return FAMILIES[self.config.model_type]
 
     @property
+    def embedding_scale(self) -> float:
+        """What the model multiplies its word vectors by before they meet anything else."""
+        return getattr(self.config, "embedding_scale", 1.0)
+
+    @property
     def module(self) -> nn.Module:
         return self.family.module(self.config, self.compute, self.task)
 
