@@ -3,7 +3,9 @@
     lorax-ft train --config=configs/trec.py:lora \
         --config.data.source.train=train_5500.label --config.data.source.test=TREC_10.label
 
-The argument is the method: lora (all linear layers), qlora (the same on NF4), full or head.
+The argument is the method: lora (all linear layers), qlora (the same on NF4), full, head, or one of
+the others of `METHODS`. With one seed, full reached .966, lora .968, qlora .958 and head .570 on
+the test questions; the learning rates of the methods below head are starting points, not tuned.
 """
 
 from ml_collections import ConfigDict
@@ -13,6 +15,14 @@ METHODS = {  # sections, learning rate, epochs
     "qlora": ({"lora": {"rank": 8}, "quantization": {"kind": "nf4"}}, 1e-3, 5.0),
     "full": ({"full": {}}, 1e-4, 4.0),
     "head": ({"head": {}}, 1e-2, 5.0),
+    "houlsby": ({"adapters": {"size": 32}}, 1e-3, 5.0),
+    "ia3": ({"ia3": {}}, 1e-2, 5.0),
+    "prefix": ({"prefix": {"length": 10}}, 1e-2, 5.0),
+    "prompt": ({"prompt": {"length": 10}}, 1e-2, 5.0),
+    "bitfit": ({"bitfit": {}}, 2e-3, 5.0),
+    "norms": ({"norms": {}}, 5e-3, 5.0),
+    "vera": ({"vera": {}}, 1e-2, 5.0),
+    "adalora": ({"adalora": {}}, 2e-3, 5.0),
 }
 
 

@@ -85,7 +85,7 @@ def add_prompt(
     else:
         if config.text is not None and not config.ids:
             raise ValueError("PromptConfig.text has to be made ids of first, by a tokenizer.")
-        ids = jnp.resize(jnp.asarray(config.ids or 0, jnp.int32), config.length)
+        ids = jnp.resize(jnp.asarray(config.ids or 0, jnp.int32), (config.length,))
         if config.initialization == "vocabulary":
             ids = jax.random.randint(key, (config.length,), 0, table.shape[0])
         rows = (table.take(ids) if is_leaf(table) else table[ids]).astype(jnp.float32)
@@ -101,7 +101,8 @@ def add_p_tuning(
     d = trees.flatten(params)[_word_table(params, uses)].shape[-1]
     hidden = config.hidden or d
     keys = jax.random.split(key, 4)
-    subtree = {"embedding": jax.random.normal(keys[0], (config.length, d)) * config.stddev}
+    rows = jax.random.normal(keys[0], (config.length, d)) * config.stddev
+    subtree: dict[str, Any] = {"embedding": rows}
     for i, shape in enumerate([(d, hidden), (hidden, hidden), (hidden, d)]):
         subtree[f"net_{i}"] = _layer(keys[i + 1], *shape)
     return _with_subtree(params, "prompt", subtree)

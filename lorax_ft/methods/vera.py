@@ -118,7 +118,8 @@ def add_vera(
     parameters = trees.flatten(params)
     paths = find(params, config.targets, config.exclude, uses, field="VeraConfig.targets")
     sizes = {path: _sizes(path, parameters[path], uses) for path in paths}
-    inputs, outputs = (max(size[i] for size in sizes.values()) for i in (1, 2))
+    inputs = max(in_size for _, in_size, _ in sizes.values())
+    outputs = max(out_size for _, _, out_size in sizes.values())
     key_a, key_b = jax.random.split(key)
     a = _kaiming(key_a, (config.rank, inputs), inputs)
     b = _kaiming(key_b, (outputs, config.rank), config.rank).T
