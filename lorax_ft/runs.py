@@ -4,7 +4,7 @@ config.json      the whole config, as the run was started
 metrics.jsonl    losses, speeds and evaluations by step; also in tensorboard/
 checkpoints/     to go on from
 adapter/         what was trained, and all that `restore` needs besides the base weights
-peft/            a LoRA adapter once more, as a directory that Hugging Face PEFT reads
+peft/            the adapter once more as Hugging Face PEFT reads it, where PEFT has its method
 loss.png         the picture of metrics.jsonl
 results.json     the last thing written: a run that has it is finished
 """

@@ -286,3 +286,31 @@ def test_bad_input_leaves_no_run_behind(folder, tmp_path):
     with pytest.raises(OSError, match="No tokenizer at"):
         experiment.train(wrong, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_starts_from_its_text(folder):
+    prompt = {"length": 3, "initialization": "ids", "text": "red sky"}
+    config = classification(folder, lora=None, prompt=prompt)
+
+    found = adapted.load_adapted(config, "sequence_classification", ("cold", "warm"))
+
+    table = found.params["embeddings"]["word"]["embedding"]
+    words = [WORDS.index(word) for word in ("red", "sky", "red")]
+    np.testing.assert_array_equal(found.params["prompt"]["embedding"], table[np.array(words)])
+
+
+def test_a_prefix_behind_a_net_comes_back_with_its_run(folder, tmp_path):
+    prefix = {"length": 3, "projection": 8}
+    config = classification(folder, lora=None, prefix=prefix)
+
+    experiment.train(config, tmp_path / "run")
+
+    params, apply = finished.restore(tmp_path / "run")
+    assert params["prefix"]["net_1"]["kernel"].shape == (8, 2 * 2 * 32)
+    inputs = {"input_ids": np.array([[4, 8, 10]], np.int32)}
+    model = adapted.load_adapted(config, "sequence_classification", ("cold", "warm")).model
+    base = {name: value for name, value in params.items() if name != "prefix"}
+    with_peft, _ = load_peft(tmp_path / "run" / "peft", model, base)
+    np.testing.assert_allclose(
+        lift(model.apply)(with_peft, inputs), apply(params, inputs), rtol=1e-4, atol=1e-5
+    )

@@ -199,7 +199,7 @@ def _net(subtree: Mapping[str, Any], activation: Any) -> Array:
 
 
 def _word_table(params: Any, uses: Uses) -> str:
-    """The path of the word vectors: the largest table that is looked up in."""
+    """The path of the word vectors: the table of that name, or else the largest one."""
     parameters = trees.flatten(params)
     tables = [
         path
@@ -208,7 +208,8 @@ def _word_table(params: Any, uses: Uses) -> str:
     ]
     if not tables:
         raise ValueError("a prompt stands before word vectors, but the model looks up none.")
-    return max(tables, key=lambda path: parameters[path].shape[0])
+    words = [path for path in tables if path.split("/")[-2:-1] == ["word"]]
+    return max(words or tables, key=lambda path: parameters[path].shape[0])
 
 
 def _keys_of(params: Any) -> tuple[int, int]:
