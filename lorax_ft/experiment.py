@@ -235,13 +235,9 @@ def _export(experiment: Experiment, directory: pathlib.Path, params: PyTree) -> 
     """Writes the adapter as a PEFT directory, where PEFT has a word for it."""
     config = experiment.config
     low_rank = [section for section in (config.lora, config.adalora) if section is not None]
-    others = (config.ia3, config.prompt, config.p_tuning, config.prefix)
-    if not low_rank and not any(others):
-        return
-    if config.lora is not None and config.lora.initialization in DECOMPOSITIONS:
-        return  # it changes the base
     params = methods.as_lora(params)
-    if not interop.can_save(params):
+    decomposed = config.lora is not None and config.lora.initialization in DECOMPOSITIONS
+    if decomposed or not interop.can_save(params):  # a decomposition changes the base
         return
     shutil.rmtree(directory, ignore_errors=True)  # of a session that broke off
     interop.save_peft(

@@ -66,7 +66,7 @@ def save_peft(
     rank) how LoRA is stated; `card` becomes README.md. Raises ValueError where there is nothing to
     save, where PEFT has no word for what there is, and where the directory holds something.
     """
-    kind = _kind(params)
+    kind = _kind(params) or "LORA"
     if kind == "LORA":
         config, tensors = lora.to_peft(model, params, trainable, dropout=dropout, rslora=rslora)
     elif kind == "IA3":
@@ -85,16 +85,15 @@ def save_peft(
 
 
 def can_save(params: Any) -> bool:
-    """Whether PEFT has a word for the adapters of `params`."""
+    """Whether `params` hold adapters and PEFT has a word for them."""
     try:
-        _kind(params)
+        return _kind(params) is not None
     except ValueError:
         return False
-    return True
 
 
-def _kind(params: Any) -> str:
-    """PEFT's name of the one method that the params hold; LoRA's where they hold none."""
+def _kind(params: Any) -> str | None:
+    """PEFT's name of the one method that the params hold; None where they hold none."""
     kinds = {"PROMPT_TUNING"} if "prompt" in params else set()
     kinds |= {"PREFIX_TUNING"} if "prefix" in params else set()
     for path, value in trees.flatten(params).items():
@@ -109,4 +108,4 @@ def _kind(params: Any) -> str:
             )
     if len(kinds) > 1:
         raise ValueError(f"save_peft: a PEFT directory holds one method, not {sorted(kinds)}.")
-    return kinds.pop() if kinds else "LORA"
+    return kinds.pop() if kinds else None

@@ -14,8 +14,8 @@ import numpy as np
 
 from lorax_ft import trees
 from lorax_ft.interop import files
-from lorax_ft.methods import split_virtual
 from lorax_ft.models.model import Model
+from lorax_ft.models.virtual import split_virtual
 
 PREFIX = "base_model."
 TENSOR = "prompt_embeddings"

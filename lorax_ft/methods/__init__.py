@@ -69,8 +69,6 @@ from lorax_ft.methods.prompts import (
     PrefixConfig,
     PromptConfig,
     PTuningConfig,
-    Virtual,
-    split_virtual,
 )
 from lorax_ft.methods.selection import (
     BitFitConfig,
@@ -121,7 +119,6 @@ __all__ = [
     "TopLayersConfig",
     "VeRA",
     "VeraConfig",
-    "Virtual",
     "adapter_index",
     "add_adalora",
     "add_adapters",
@@ -143,7 +140,6 @@ __all__ = [
     "select",
     "set_dropout_key",
     "set_index",
-    "split_virtual",
     "stack_adapters",
     "start_allocation",
     "unmerge",

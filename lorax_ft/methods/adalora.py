@@ -26,10 +26,11 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lorax_ft import trees
-from lorax_ft.leaves import Array, Leaf, leaf, static_field
+from lorax_ft.leaves import Array, leaf, static_field
 from lorax_ft.methods.lora import LoraConfig, add_lora
 from lorax_ft.methods.lora_leaf import LoRA
-from lorax_ft.methods.targets import ALL_LINEAR, Targets, Uses, find, key_of, modules
+from lorax_ft.methods.targets import ALL_LINEAR, Targets, Uses, find, key_of
+from lorax_ft.methods.wrapper import Wrapper
 from lorax_ft.quantization import QuantizationConfig
 
 
@@ -72,7 +73,7 @@ class AdaLoraConfig:
 
 
 @leaf
-class AdaLoRA(Leaf):
+class AdaLoRA(Wrapper):
     """`base + scale * (a.T * values) @ b`: the update's right vectors in `a` [*stack, r, in_size],
     its left ones in `b` [*stack, r, out_size], its singular values [*stack, r] apart."""
 
@@ -101,23 +102,8 @@ class AdaLoRA(Leaf):
         )
 
     @property
-    def stack_shape(self) -> tuple[int, ...]:
-        return tuple(self.values.shape[:-1])
-
-    @property
-    def core_shape(self) -> tuple[int, ...]:
-        return tuple(self.base.shape[self.values.ndim - 1 :])
-
-    @property
-    def in_axes(self) -> tuple[int, ...]:
-        return self.base_in_axes
-
-    @property
-    def dtype(self) -> Any:
-        return self.base.dtype
-
-    def astype(self, dtype: Any) -> AdaLoRA:
-        return self.replace(base=self.base.astype(dtype))
+    def stack_depth(self) -> int:
+        return self.values.ndim - 1
 
     def linear(self, x: Array, *, precision=None, preferred_element_type=None) -> Array:
         return self.folded().linear(
@@ -177,13 +163,6 @@ def add_adalora(
         return _start(value, key_of(key, path))
 
     return trees.map_with_path(started, added)
-
-
-def trained_beside(params: Any, config: AdaLoraConfig, uses: Uses = None) -> list[str]:
-    """Paths of the plain arrays of the modules that are trained whole."""
-    return modules(
-        trees.flatten(params), config.modules_to_save, field="AdaLoraConfig.modules_to_save"
-    )
 
 
 def orthogonality(params: Any) -> Array:

@@ -10,7 +10,6 @@ Parameter-Efficient Transfer Learning"; by linear layers as in Hu et al. 2023, "
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -25,11 +24,9 @@ from lorax_ft.methods.targets import (
     Uses,
     bias_of,
     find,
-    input_axes,
     key_of,
-    modules,
+    matrix_shape,
     norms,
-    stack_depth,
 )
 from lorax_ft.methods.wrapper import Wrapper, row, stack_spec
 
@@ -173,31 +170,25 @@ def add_adapters(
     targets = TARGETS[config.kind] if config.targets is None else config.targets
     fields = {}
     for path in find(params, targets, (), uses, field="AdapterConfig.targets"):
-        kernel = parameters[path]
-        depth, in_axes = stack_depth(path, kernel, uses), input_axes(path, kernel, uses)
-        stack, core = tuple(kernel.shape[:depth]), tuple(kernel.shape[depth:])
-        in_size = math.prod(core[axis] for axis in in_axes)
-        out_size = math.prod(core) // in_size
+        kernel, shape = parameters[path], matrix_shape(path, parameters[path], uses)
+        own_key = key_of(key, path)
         if config.kind == "parallel":
-            net = _net(key_of(key, path), stack, in_size, out_size, config)
-            scale = jnp.full(stack, config.scale)
-            fields[path] = ParallelAdapter(base=kernel, scale=scale, base_in_axes=in_axes, **net)
+            net = _net(own_key, shape.stack, shape.in_size, shape.out_size, config)
+            scale, axes = jnp.full(shape.stack, config.scale), shape.in_axes
+            fields[path] = ParallelAdapter(base=kernel, scale=scale, base_in_axes=axes, **net)
             continue
-        net = _net(key_of(key, path), stack, out_size, out_size, config)
+        net = _net(own_key, shape.stack, shape.out_size, shape.out_size, config)
         bias = bias_of(path, parameters, uses)
-        where, axes = (path, in_axes) if bias is None else (bias, ())
+        where, axes = (path, shape.in_axes) if bias is None else (bias, ())
         fields[where] = Adapter(base=parameters[where], base_in_axes=axes, **net)
     return trees.with_fields(params, fields)
 
 
-def trained_beside(params: Any, config: AdapterConfig, uses: Uses = None) -> list[str]:
-    """Paths of the model's own arrays that are trained beside: norms and whole modules."""
-    paths = list(trees.flatten(params))
-    field = "AdapterConfig.modules_to_save"
-    chosen = set(modules(paths, config.modules_to_save, field=field))
-    if config.norms is not None:
-        chosen.update(norms(params, config.norms, uses, field="AdapterConfig.norms"))
-    return [path for path in paths if path in chosen]
+def trained_norms(params: Any, config: AdapterConfig, uses: Uses = None) -> list[str]:
+    """Paths of the norms that are trained beside the adapters."""
+    if config.norms is None:
+        return []
+    return norms(params, config.norms, uses, field="AdapterConfig.norms")
 
 
 def _net(

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from lorax_ft import trees
 from lorax_ft.leaves import Array, leaf, static_field
 from lorax_ft.methods.selection import BitFitConfig
-from lorax_ft.methods.targets import Uses, bias_of, find, input_axes, stack_depth
+from lorax_ft.methods.targets import ALL_LINEAR, Uses, bias_of, find, matrix_shape
 from lorax_ft.methods.wrapper import Wrapper, row, stack_spec
 
 
@@ -52,17 +52,15 @@ def add_biases(
     if not config.add_missing:
         return params
     parameters = trees.flatten(params)
-    targets = "all-linear" if isinstance(config.targets, str) else config.targets
+    targets = ALL_LINEAR if isinstance(config.targets, str) else config.targets
     fields = {}
     for path in find(params, targets, (), uses, field="BitFitConfig.targets"):
         if bias_of(path, parameters, uses) is not None:
             continue
-        kernel, depth = parameters[path], stack_depth(path, parameters[path], uses)
-        in_axes = input_axes(path, kernel, uses)
-        outputs = [i for i in range(depth - len(kernel.shape), 0) if i not in in_axes]
-        size = 1
-        for axis in outputs:
-            size *= kernel.shape[axis]
-        bias = jnp.zeros((*kernel.shape[:depth], size))
-        fields[path] = AddedBias(base=kernel, bias=bias, base_in_axes=in_axes)
+        shape = matrix_shape(path, parameters[path], uses)
+        fields[path] = AddedBias(
+            base=parameters[path],
+            bias=jnp.zeros((*shape.stack, shape.out_size)),
+            base_in_axes=shape.in_axes,
+        )
     return trees.with_fields(params, fields)

@@ -16,7 +16,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lorax_ft.leaves import Array, Leaf, as_matrix, dense, from_matrix, leaf
-from lorax_ft.methods.lora_leaf import LoRA, factor_specs
+from lorax_ft.methods.lora_leaf import LoRA
+from lorax_ft.methods.wrapper import factor_specs
 
 
 @leaf

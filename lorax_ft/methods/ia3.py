@@ -8,7 +8,6 @@ scales the bias that the model adds to it too, so it sits on that bias where the
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, ClassVar
 
 import jax
@@ -17,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from lorax_ft import trees
 from lorax_ft.leaves import Array, as_matrix, dense, from_matrix, leaf, static_field
-from lorax_ft.methods.targets import Targets, Uses, bias_of, find, input_axes, modules, stack_depth
+from lorax_ft.methods.targets import Targets, Uses, bias_of, find, matrix_shape
 from lorax_ft.methods.wrapper import Wrapper, row, stack_spec
 
 
@@ -132,26 +131,18 @@ def add_ia3(
             raise ValueError(f"IA3Config: {path} is among the inputs and among the outputs.")
         if bias is None:
             fields[path] = _kernel(path, parameters[path], uses, on_inputs=False)
-        else:
-            depth = stack_depth(path, parameters[path], uses)
-            shape = parameters[bias].shape
-            gain = jnp.ones((*shape[:depth], math.prod(shape[depth:])))
-            in_axes = input_axes(path, parameters[path], uses)
-            fields[bias] = IA3Bias(
-                base=parameters[bias], gain=gain, kernel=path, kernel_in_axes=in_axes
-            )
+            continue
+        shape = matrix_shape(path, parameters[path], uses)
+        fields[bias] = IA3Bias(
+            base=parameters[bias],
+            gain=jnp.ones((*shape.stack, shape.out_size)),
+            kernel=path,
+            kernel_in_axes=shape.in_axes,
+        )
     return trees.with_fields(params, fields)
 
 
-def trained_beside(params: Any, config: IA3Config, uses: Uses = None) -> list[str]:
-    """Paths of the modules that are trained whole."""
-    return modules(trees.flatten(params), config.modules_to_save, field="IA3Config.modules_to_save")
-
-
 def _kernel(path: str, value: Any, uses: Uses, *, on_inputs: bool) -> IA3:
-    depth, in_axes = stack_depth(path, value, uses), input_axes(path, value, uses)
-    stack, core = tuple(value.shape[:depth]), tuple(value.shape[depth:])
-    size = math.prod(core[axis] for axis in in_axes)
-    size = size if on_inputs else math.prod(core) // size
-    gain = jnp.ones((*stack, size))
-    return IA3(base=value, gain=gain, base_in_axes=in_axes, on_inputs=on_inputs)
+    shape = matrix_shape(path, value, uses)
+    gain = jnp.ones((*shape.stack, shape.in_size if on_inputs else shape.out_size))
+    return IA3(base=value, gain=gain, base_in_axes=shape.in_axes, on_inputs=on_inputs)

@@ -25,7 +25,6 @@ from lorax_ft.methods.targets import (
     key_of,
     layer_number,
     layer_path,
-    modules,
     pattern_value,
     stack_depth,
 )
@@ -107,19 +106,14 @@ def add_lora(
     return trees.with_fields(params, adapted)
 
 
-def trained_beside(params: Any, config: LoraConfig, uses: Uses = None) -> list[str]:
-    """Paths of the model's own arrays that are trained beside the factors: biases and whole
-    modules."""
-    paths = list(trees.flatten(params))
-    chosen = set(modules(paths, config.modules_to_save, field="LoraConfig.modules_to_save"))
-    biases = [path for path in paths if path.rsplit("/", 1)[-1] == "bias"]
-    if config.bias == "all":
-        chosen.update(biases)
-    elif config.bias == "lora_only":
+def trained_biases(params: Any, config: LoraConfig, uses: Uses = None) -> list[str]:
+    """Paths of the biases that are trained beside the factors."""
+    biases = [path for path in trees.flatten(params) if path.rsplit("/", 1)[-1] == "bias"]
+    if config.bias == "lora_only":
         targets = find(params, config.targets, config.exclude, uses, field="LoraConfig.targets")
         owners = {path.rsplit("/", 1)[0] for path in targets}
-        chosen.update(path for path in biases if path.rsplit("/", 1)[0] in owners)
-    return [path for path in paths if path in chosen]
+        return [path for path in biases if path.rsplit("/", 1)[0] in owners]
+    return biases if config.bias == "all" else []
 
 
 def _ranks_and_scales(

@@ -15,15 +15,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from lorax_ft.jaxprs import is_concrete
-from lorax_ft.leaves import Array, Leaf, as_matrix, dense, from_matrix, leaf, static_field
+from lorax_ft.leaves import Array, dense, from_matrix, leaf, static_field
 from lorax_ft.methods.dropping import drop
-
-Options = tuple[Any, Any]  # (precision, preferred_element_type) of the products
+from lorax_ft.methods.wrapper import (
+    Options,
+    Wrapper,
+    base_product,
+    factor_count,
+    factor_specs,
+    matrix_of,
+)
 
 
 @leaf
-class LoRA(Leaf):
+class LoRA(Wrapper):
     """`base + scale * a.T @ b`.
 
     Seen as a matrix the base is `[in_size, out_size]`; `a` is `[*stack, r, in_size]`, `b`
@@ -45,23 +50,8 @@ class LoRA(Leaf):
     trainable: ClassVar[tuple[str, ...]] = ("a", "b")
 
     @property
-    def stack_shape(self) -> tuple[int, ...]:
-        return tuple(self.a.shape[:-2])
-
-    @property
-    def core_shape(self) -> tuple[int, ...]:
-        return tuple(self.base.shape[self.a.ndim - 2 :])
-
-    @property
-    def in_axes(self) -> tuple[int, ...]:
-        return self.base_in_axes
-
-    @property
-    def dtype(self) -> Any:
-        return self.base.dtype
-
-    def astype(self, dtype: Any) -> LoRA:
-        return self.replace(base=self.base.astype(dtype))
+    def stack_depth(self) -> int:
+        return self.a.ndim - 2
 
     def linear(self, x: Array, *, precision=None, preferred_element_type=None) -> Array:
         options = (precision, preferred_element_type)
@@ -81,7 +71,7 @@ class LoRA(Leaf):
         return (y + update.astype(y.dtype)).reshape(*x.shape[:-1], -1)
 
     def take(self, ids: Array, *, mode: str | None = None) -> Array:
-        rows = take_rows(self.base, self.in_axes, ids, mode)
+        rows = self.base_take(ids, mode)
         factors = self.a.at[:, ids].get(mode=mode)  # [r, *ids]
         update = jnp.einsum("r...,rd->...d", factors, self.b) * self.scale
         return rows + update.astype(rows.dtype)
@@ -97,7 +87,7 @@ class LoRA(Leaf):
     def partition_specs(self, spec: PartitionSpec) -> LoRA:
         a, b, stack = factor_specs(spec, len(self.stack_shape), self.ndim, self.in_axes)
         return self.replace(
-            base=self.base.partition_specs(spec) if isinstance(self.base, Leaf) else spec,
+            base=self.base_specs(spec),
             a=a,
             b=b,
             scale=stack,
@@ -107,62 +97,12 @@ class LoRA(Leaf):
         )
 
     def trainable_count(self) -> int:
-        if not is_concrete(self.rank):  # shapes alone: padding cannot be told from factors
-            return self.a.size + self.b.size
-        return int(self.rank.sum()) * (self.a.shape[-1] + self.b.shape[-1])
+        return factor_count(self.a, self.b, self.rank)
 
     def _dropping(self) -> tuple[Any, Any]:
         return (
             (None, None) if self.key is None or self.dropout is None else (self.key, self.dropout)
         )
-
-
-def matrix_of(base: Any, in_axes: tuple[int, ...]) -> Any:
-    """A base without stack axes as something `base_product` multiplies with: a leaf, or a 2-D
-    array."""
-    return base if isinstance(base, Leaf) else as_matrix(base, in_axes)
-
-
-def base_product(options: Options, base: Any, x: Array, *, transposed: bool = False) -> Array:
-    """`x @ base`, or `x @ base.T`, of a leaf or a `[in, out]` array; x is `[n, in]`."""
-    precision, preferred = options
-    if isinstance(base, Leaf):
-        product = base.linear_transposed if transposed else base.linear
-        return product(x, precision=precision, preferred_element_type=preferred)
-    contract = (((1,), (1 if transposed else 0,)), ((), ()))
-    return lax.dot_general(x, base, contract, precision=precision, preferred_element_type=preferred)
-
-
-def take_rows(base: Any, in_axes: tuple[int, ...], ids: Array, mode: str | None) -> Array:
-    """Rows of a leaf or of a `[rows, columns]` array."""
-    if isinstance(base, Leaf):
-        return base.take(ids, mode=mode)
-    return as_matrix(base, in_axes).at[ids].get(mode=mode)
-
-
-def factor_specs(
-    spec: PartitionSpec, depth: int, ndim: int, in_axes: tuple[int, ...]
-) -> tuple[Any, Any, Any]:
-    """Specs of `a` [*stack, r, in], `b` [*stack, r, out] and a [*stack] field, from the kernel's
-    own.
-
-    Factors follow their base. Where several axes are folded into one, the outermost one's spec
-    stands for all if the others have none, which is the same placement.
-    """
-    full = (*spec, *(None,) * (ndim - len(spec)))
-    stack, core = full[:depth], full[depth:]
-
-    def folded(axes: list[int]) -> Any:
-        names = [core[i] for i in axes]
-        return names[0] if names and not any(names[1:]) else None
-
-    inputs = [len(core) + i for i in in_axes]
-    outputs = [i for i in range(len(core)) if i not in inputs]
-    return (
-        PartitionSpec(*stack, None, folded(inputs)),
-        PartitionSpec(*stack, None, folded(outputs)),
-        PartitionSpec(*stack),
-    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

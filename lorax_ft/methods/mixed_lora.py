@@ -21,17 +21,22 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lorax_ft.jaxprs import is_concrete
-from lorax_ft.leaves import Array, Leaf, leaf, static_field
+from lorax_ft.leaves import Array, leaf, static_field
 from lorax_ft.methods.dropping import drop
-from lorax_ft.methods.lora_leaf import base_product, factor_specs, matrix_of, take_rows
+from lorax_ft.methods.wrapper import (
+    Wrapper,
+    base_product,
+    factor_count,
+    factor_specs,
+    matrix_of,
+)
 
 NO_ADAPTER = -1
 """The index of an example that is given to the base alone."""
 
 
 @leaf
-class MixedLoRA(Leaf):
+class MixedLoRA(Wrapper):
     """`base + scale[k] * a[k].T @ b[k]`, k being `index[i]` for example i.
 
     Seen as a matrix the base is `[in_size, out_size]`; `a` is `[*stack, adapters, r, in_size]`, `b`
@@ -54,23 +59,8 @@ class MixedLoRA(Leaf):
     trainable: ClassVar[tuple[str, ...]] = ("a", "b")
 
     @property
-    def stack_shape(self) -> tuple[int, ...]:
-        return tuple(self.a.shape[:-3])
-
-    @property
-    def core_shape(self) -> tuple[int, ...]:
-        return tuple(self.base.shape[self.a.ndim - 3 :])
-
-    @property
-    def in_axes(self) -> tuple[int, ...]:
-        return self.base_in_axes
-
-    @property
-    def dtype(self) -> Any:
-        return self.base.dtype
-
-    def astype(self, dtype: Any) -> MixedLoRA:
-        return self.replace(base=self.base.astype(dtype))
+    def stack_depth(self) -> int:
+        return self.a.ndim - 3
 
     def linear(self, x: Array, *, precision=None, preferred_element_type=None) -> Array:
         return self._product(_Dot(False, precision, preferred_element_type), x)
@@ -91,7 +81,7 @@ class MixedLoRA(Leaf):
                 f"{index.shape[0]} examples with an adapter each, ids must be "
                 f"[{index.shape[0]}, length]. Leave this embedding out of the adapters' targets."
             )
-        rows = take_rows(self.base, self.in_axes, ids, mode)
+        rows = self.base_take(ids, mode)
         if mode == "clip":
             ids = jnp.clip(ids, 0, self.in_size - 1)
         own = _positions(self.a, index).reshape(-1, *(1,) * (ids.ndim - 1))
@@ -112,7 +102,7 @@ class MixedLoRA(Leaf):
         depth = len(self.stack_shape)
         each = PartitionSpec(*stack, None)
         return self.replace(
-            base=self.base.partition_specs(spec) if isinstance(self.base, Leaf) else spec,
+            base=self.base_specs(spec),
             a=PartitionSpec(*a[:depth], None, *a[depth:]),
             b=PartitionSpec(*b[:depth], None, *b[depth:]),
             scale=each,
@@ -123,9 +113,7 @@ class MixedLoRA(Leaf):
         )
 
     def trainable_count(self) -> int:
-        if not is_concrete(self.rank):  # shapes alone: padding cannot be told from factors
-            return self.a.size + self.b.size
-        return int(self.rank.sum()) * (self.a.shape[-1] + self.b.shape[-1])
+        return factor_count(self.a, self.b, self.rank)
 
     def _chosen(self) -> Array:
         if self.index is None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 
 from lorax_ft import trees
 from lorax_ft.leaves import is_leaf
-from lorax_ft.methods.targets import Uses, modules
+from lorax_ft.methods.targets import Uses
 
 Array = jax.Array
 STARTS = ("random", "vocabulary", "ids")
@@ -131,68 +130,14 @@ def add_prefix(
     return _with_subtree(params, "prefix", subtree)
 
 
-def trained(params: Any, config: Any, uses: Uses = None) -> list[str]:
-    """Paths of what the method adds, and of the modules that are trained whole."""
-    field = f"{type(config).__name__}.modules_to_save"
-    names = {PromptConfig: (), PTuningConfig: range(3), PrefixConfig: range(2)}[type(config)]
-    nets = [f"net_{i}/{part}" for i in names for part in ("kernel", "bias")]
-    if isinstance(config, PrefixConfig):
-        added = ["prefix/key", "prefix/value"]
-        if config.projection is not None:
-            added = [f"prefix/{name}" for name in ("embedding", *nets)]
-    else:
-        added = [f"prompt/{name}" for name in ("embedding", *nets)]
-    return [*added, *modules(trees.flatten(params), config.modules_to_save, field=field)]
+def prompt_arrays(params: Any, config: Any, uses: Uses = None) -> list[str]:
+    """Paths of what makes the prompt."""
+    return [path for path in trees.flatten(params) if path.startswith("prompt/")]
 
 
-# --- What a model makes of them -------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Virtual:
-    """What stands before the real tokens: any of the two may be None."""
-
-    prompt: Array | None = None  # [n, d]
-    prefix: tuple[Array, Array] | None = None  # keys and values [layers, n, kv_heads * head_dim]
-
-    @property
-    def prompt_length(self) -> int:
-        return 0 if self.prompt is None else self.prompt.shape[0]
-
-    @property
-    def prefix_length(self) -> int:
-        return 0 if self.prefix is None else self.prefix[0].shape[1]
-
-
-def split_virtual(params: Mapping[str, Any]) -> tuple[dict[str, Any], Virtual]:
-    """(the model's own parameters, what stands before the real tokens)."""
-    own = {name: value for name, value in params.items() if name not in ("prompt", "prefix")}
-    prompt = prefix = None
-    if "prompt" in params:
-        prompt = _net(params["prompt"], jax.nn.relu)
-    if "prefix" in params:
-        prefix = _prefix(params["prefix"])
-    return own, Virtual(prompt, prefix)
-
-
-def _prefix(subtree: Mapping[str, Any]) -> tuple[Array, Array]:
-    if "key" in subtree:
-        return subtree["key"], subtree["value"]
-    flat = _net(subtree, jnp.tanh)  # [n, 2 * layers * width]: layer by layer, keys before values
-    length, width = subtree["embedding"].shape
-    pieces = flat.reshape(length, -1, 2, width).transpose(1, 2, 0, 3)
-    return pieces[:, 0], pieces[:, 1]
-
-
-def _net(subtree: Mapping[str, Any], activation: Any) -> Array:
-    """The vectors, behind the net if there is one."""
-    x = subtree["embedding"]
-    count = sum(name.startswith("net_") for name in subtree)
-    for i in range(count):
-        layer = subtree[f"net_{i}"]
-        x = x @ layer["kernel"] + layer["bias"][None]
-        x = activation(x) if i < count - 1 else x
-    return x
+def prefix_arrays(params: Any, config: PrefixConfig, uses: Uses = None) -> list[str]:
+    """Paths of what makes the prefix."""
+    return [path for path in trees.flatten(params) if path.startswith("prefix/")]
 
 
 # --- Sizes ----------------------------------------------------------------------------------------

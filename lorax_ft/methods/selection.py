@@ -4,6 +4,7 @@ norms or biases."""
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -80,42 +81,28 @@ def head(params: Any, config: HeadConfig, uses: Uses = None) -> list[str]:
 
 def biases(params: Any, config: BitFitConfig, uses: Uses = None) -> list[str]:
     """Paths of the biases. A model without biases raises ValueError."""
-    paths = list(trees.flatten(params))
-    saved = modules(paths, config.modules_to_save, field="BitFitConfig.modules_to_save")
-    own = [path for path in paths if path.rpartition("/")[2] == "bias"]
+    own = [path for path in trees.flatten(params) if path.rpartition("/")[2] == "bias"]
     if not own and not config.add_missing:
         raise ValueError(
             "BitFitConfig: the model has no biases. Set add_missing to give every linear layer one "
             "that starts at zero, or train something else."
         )
-    if isinstance(config.targets, str):
-        chosen = {path for path in own if trees.matches(path, config.targets)}
-    else:
-        chosen = {
-            path
-            for name in config.targets
-            for path in own
-            if path.split("/")[-2:-1] == [name] or path == name
-        }
-    if not chosen and not config.add_missing:
-        # says what is near
-        named(own, config.targets, field="BitFitConfig.targets")
-    return [path for path in paths if path in chosen.union(saved)]
+    patterns = config.targets
+    if not isinstance(patterns, str):
+        patterns = [rf"(.*/)?{re.escape(name)}/bias" for name in patterns]
+    if config.add_missing:
+        return [path for path in own if trees.matches(path, patterns)]
+    return trees.select(own, patterns, field="BitFitConfig.targets")
 
 
 def norm_arrays(params: Any, config: NormConfig, uses: Uses = None) -> list[str]:
     """Paths of the norms' scales and biases."""
-    paths = list(trees.flatten(params))
-    chosen = set(norms(params, config.targets, uses, field="NormConfig.targets"))
-    chosen.update(modules(paths, config.modules_to_save, field="NormConfig.modules_to_save"))
-    return [path for path in paths if path in chosen]
+    return norms(params, config.targets, uses, field="NormConfig.targets")
 
 
 def top_layers(params: Any, config: TopLayersConfig, uses: Uses = None) -> list[str]:
     """Paths of everything in the last layers. Raises ValueError where the layers are stacked."""
     parameters = trees.flatten(params)
-    field = "TopLayersConfig.modules_to_save"
-    chosen = set(modules(parameters, config.modules_to_save, field=field))
     numbers = {path: layer_number(path) for path in parameters}
     layers = sorted({number for number in numbers.values() if number is not None})
     if len(layers) < config.count:
@@ -124,7 +111,6 @@ def top_layers(params: Any, config: TopLayersConfig, uses: Uses = None) -> list[
             "parameters of their own. Stacked layers are trained together: set scan_layers=False."
         )
     last = layers[-config.count :]
-    for path, value in parameters.items():
-        if numbers[path] in last and not is_leaf(value):
-            chosen.add(path)
-    return [path for path in parameters if path in chosen]
+    return [
+        path for path, value in parameters.items() if numbers[path] in last and not is_leaf(value)
+    ]

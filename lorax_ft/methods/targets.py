@@ -3,6 +3,8 @@ layers."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -101,6 +103,24 @@ def stack_depth(path: str, value: Any, uses: Uses) -> int:
     if uses and path in uses and uses[path].kind in ("kernel", "embedding"):
         return uses[path].stack
     return len(value.shape) - 2
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixShape:
+    """A kernel seen as matrices `[*stack, in_size, out_size]`."""
+
+    stack: tuple[int, ...]
+    in_axes: tuple[int, ...]
+    in_size: int
+    out_size: int
+
+
+def matrix_shape(path: str, value: Any, uses: Uses) -> MatrixShape:
+    """The sizes of a kernel or embedding, by the way that the model uses it."""
+    depth, in_axes = stack_depth(path, value, uses), input_axes(path, value, uses)
+    stack, core = tuple(value.shape[:depth]), tuple(value.shape[depth:])
+    in_size = math.prod(core[axis] for axis in in_axes)
+    return MatrixShape(stack, in_axes, in_size, math.prod(core) // in_size)
 
 
 def key_of(key: jax.Array, path: str) -> jax.Array:

@@ -18,17 +18,8 @@ from jax.sharding import PartitionSpec
 from lorax_ft import trees
 from lorax_ft.leaves import Array, dense, from_matrix, leaf, static_field
 from lorax_ft.methods.dropping import drop
-from lorax_ft.methods.lora_leaf import factor_specs
-from lorax_ft.methods.targets import (
-    ALL_LINEAR,
-    Targets,
-    Uses,
-    find,
-    input_axes,
-    modules,
-    stack_depth,
-)
-from lorax_ft.methods.wrapper import Wrapper, row
+from lorax_ft.methods.targets import ALL_LINEAR, Targets, Uses, find, matrix_shape
+from lorax_ft.methods.wrapper import Wrapper, factor_specs, row
 
 
 @leaf
@@ -117,41 +108,27 @@ def add_vera(
     del quantization
     parameters = trees.flatten(params)
     paths = find(params, config.targets, config.exclude, uses, field="VeraConfig.targets")
-    sizes = {path: _sizes(path, parameters[path], uses) for path in paths}
-    inputs = max(in_size for _, in_size, _ in sizes.values())
-    outputs = max(out_size for _, _, out_size in sizes.values())
+    shapes = {path: matrix_shape(path, parameters[path], uses) for path in paths}
+    inputs = max(shape.in_size for shape in shapes.values())
+    outputs = max(shape.out_size for shape in shapes.values())
     key_a, key_b = jax.random.split(key)
     a = _kaiming(key_a, (config.rank, inputs), inputs)
     b = _kaiming(key_b, (outputs, config.rank), config.rank).T
 
     def wrapped(path: str) -> VeRA:
-        stack, in_size, out_size = sizes[path]
-        dropout = jnp.full(stack, config.dropout) if config.dropout else None
+        shape = shapes[path]
+        stack = shape.stack
         return VeRA(
             base=parameters[path],
-            a=jnp.broadcast_to(a[:, :in_size], (*stack, config.rank, in_size)),
-            b=jnp.broadcast_to(b[:, :out_size], (*stack, config.rank, out_size)),
+            a=jnp.broadcast_to(a[:, : shape.in_size], (*stack, config.rank, shape.in_size)),
+            b=jnp.broadcast_to(b[:, : shape.out_size], (*stack, config.rank, shape.out_size)),
             inner=jnp.full((*stack, config.rank), config.initial),
-            gain=jnp.zeros((*stack, out_size)),
-            dropout=dropout,
-            base_in_axes=input_axes(path, parameters[path], uses),
+            gain=jnp.zeros((*stack, shape.out_size)),
+            dropout=jnp.full(stack, config.dropout) if config.dropout else None,
+            base_in_axes=shape.in_axes,
         )
 
     return trees.with_fields(params, {path: wrapped(path) for path in paths})
-
-
-def trained_beside(params: Any, config: VeraConfig, uses: Uses = None) -> list[str]:
-    """Paths of the modules that are trained whole."""
-    field = "VeraConfig.modules_to_save"
-    return modules(trees.flatten(params), config.modules_to_save, field=field)
-
-
-def _sizes(path: str, value: Any, uses: Uses) -> tuple[tuple[int, ...], int, int]:
-    """(stack, inputs, outputs) of a kernel."""
-    depth = stack_depth(path, value, uses)
-    stack, core = tuple(value.shape[:depth]), tuple(value.shape[depth:])
-    inputs = math.prod(core[axis] for axis in input_axes(path, value, uses))
-    return stack, inputs, math.prod(core) // inputs
 
 
 def _kaiming(key: jax.Array, shape: tuple[int, int], fan_in: int) -> Array:

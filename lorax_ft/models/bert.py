@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lorax_ft.methods import Virtual
 from lorax_ft.models import hugging_face
 from lorax_ft.models.attention import Attention
 from lorax_ft.models.encoders import VARIANTS, Variant
@@ -24,12 +23,10 @@ from lorax_ft.models.layers import (
     Embedding,
     LayerNorm,
     activate,
-    before,
     dropout,
-    key_mask,
-    positions,
     run_layers,
 )
+from lorax_ft.models.virtual import Virtual, before, key_mask, positions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from flax import linen as nn
 
-from lorax_ft.methods import Virtual
 from lorax_ft.models import hugging_face
 from lorax_ft.models.attention import Attention
 from lorax_ft.models.layers import (
@@ -19,14 +18,12 @@ from lorax_ft.models.layers import (
     Embedding,
     LayerNorm,
     activate,
-    before,
     dropout,
     head,
-    key_mask,
     last_token,
-    positions,
     run_layers,
 )
+from lorax_ft.models.virtual import Virtual, before, key_mask, positions
 
 NAMES: hugging_face.Names = {
     "embeddings/word": "transformer.wte",

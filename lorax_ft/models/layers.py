@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax import lax
 
@@ -255,38 +254,6 @@ def _row(vector: Array, ndim: int) -> Array:
     return vector.astype(jnp.float32).reshape((1,) * (ndim - 1) + (-1,))
 
 
-# --- What stands before the real tokens -----------------------------------------------------------
-
-
-def before(prompt: Array | None, x: Array) -> Array:
-    """Word vectors `[batch, length, d]` with a prompt `[n, d]` before each row's."""
-    if prompt is None:
-        return x
-    rows = jnp.broadcast_to(prompt.astype(x.dtype)[None], (x.shape[0], *prompt.shape))
-    return jnp.concatenate([rows, x], axis=1)
-
-
-def positions(
-    ids: Array, position_ids: Array | None, prompt: int, prefix: int, start: int = 0
-) -> Array:
-    """Position ids `[batch or 1, prompt + length]`, counted on from the prefix and the prompt.
-
-    `start` is the first position there is.
-    """
-    if position_ids is None:
-        return start + prefix + jnp.arange(prompt + ids.shape[1])[None]
-    first = start + jnp.broadcast_to(jnp.arange(prompt)[None], (position_ids.shape[0], prompt))
-    return prefix + jnp.concatenate([first, position_ids + prompt], axis=1)
-
-
-def key_mask(attention_mask: Array | None, virtual: int) -> Array | None:
-    """The mask of keys `[batch, 1, 1, virtual + length]`; what stands first is always seen."""
-    if attention_mask is None:
-        return None
-    seen = jnp.pad(attention_mask.astype(bool), ((0, 0), (virtual, 0)), constant_values=True)
-    return seen[:, None, None, :]
-
-
 # --- Depth ----------------------------------------------------------------------------------------
 
 
@@ -295,35 +262,33 @@ def run_layers(
     config: Any,
     compute: ComputeConfig,
     x: Array,
-    past: tuple[Array, Array] | None,
+    by_layer: PyTree,
     *inputs: Any,
-    by_layer: np.ndarray | None = None,
 ) -> Array:
-    """Runs `config.num_hidden_layers` times `x, _ = layer(config, compute)(x, past, *inputs)`.
+    """Runs `config.num_hidden_layers` times `x, _ = layer(config, compute)(x, own, *inputs)`.
 
-    Every layer gets its own of `past` `[layers, ...]`, and the same inputs. Call it inside a
-    compact method. The parameters are stacked at `layers/...`, or each layer's own at
-    `layers_0/...`, `layers_1/...`, as `compute.scan_layers` says. `by_layer` is `[layers]`: each
-    layer gets its own number as one more input; without it there is none.
+    `own` is a layer's slice of the arrays of `by_layer` `[layers, ...]`, a tree that may be empty;
+    the other inputs are the same for all. Call it inside a compact method. The parameters are
+    stacked at `layers/...`, or each layer's own at `layers_0/...`, `layers_1/...`, as
+    `compute.scan_layers` says.
     """
     policy = REMAT_POLICIES[compute.remat]
     if policy is not None:
         layer = nn.remat(layer, policy=policy, prevent_cse=not compute.scan_layers)
     if not compute.scan_layers:
         for i in range(config.num_hidden_layers):
-            own = () if by_layer is None else (by_layer[i],)
-            before_it = jax.tree.map(lambda array, i=i: array[i], past)
-            x, _ = layer(config, compute, name=f"layers_{i}")(x, before_it, *inputs, *own)
+            own = jax.tree.map(lambda array, i=i: array[i], by_layer)
+            x, _ = layer(config, compute, name=f"layers_{i}")(x, own, *inputs)
         return x
-    own, axes = ((), ()) if by_layer is None else ((jnp.asarray(by_layer),), (0,))
     scanned = nn.scan(
         layer,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(0, *(nn.broadcast,) * len(inputs), *axes),  # pyright: ignore[reportArgumentType]
+        in_axes=(0, *(nn.broadcast,) * len(inputs)),  # pyright: ignore[reportArgumentType]
         length=config.num_hidden_layers,
     )
-    x, _ = scanned(config, compute, name="layers")(x, past, *inputs, *own)
+    by_layer = jax.tree.map(jnp.asarray, by_layer)
+    x, _ = scanned(config, compute, name="layers")(x, by_layer, *inputs)
     return x
 
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lorax_ft.methods import Virtual
 from lorax_ft.models import hugging_face
 from lorax_ft.models.attention import Attention, RotaryConfig, rotary_angles
 from lorax_ft.models.decoders import FULL, SLIDING, VARIANTS, Variant
@@ -26,14 +25,12 @@ from lorax_ft.models.layers import (
     Embedding,
     RMSNorm,
     activate,
-    before,
     head,
-    key_mask,
     last_token,
-    positions,
     run_layers,
     softcapped,
 )
+from lorax_ft.models.virtual import Virtual, before, key_mask, positions
 
 # Fields that only some families have, as their `Variant.fields` say.
 SPECIAL = (
@@ -301,8 +298,8 @@ class Llama(nn.Module):
         position_ids = positions(input_ids, position_ids, prompt, prefix)
         rotary = rotary_angles(position_ids, config.size_of_head, config.rotary)
         mask = key_mask(attention_mask, prompt + prefix)
-        x, past = embeddings(input_ids, virtual.prompt), virtual.prefix
-        x = run_layers(LlamaLayer, config, compute, x, past, mask, rotary, by_layer=config.windows)
+        x, by_layer = embeddings(input_ids, virtual.prompt), (virtual.prefix, config.windows)
+        x = run_layers(LlamaLayer, config, compute, x, by_layer, mask, rotary)
         x = _norm(config, compute, "norm")(x[:, prompt:])
         if self.task == "sequence_classification":
             x = last_token(x, input_ids, attention_mask, config.pad_token_id)
@@ -348,11 +345,11 @@ class LlamaLayer(nn.Module):
     def __call__(
         self,
         x: Array,
-        past: tuple[Array, Array] | None,
+        own: tuple[tuple[Array, Array] | None, Array | None],
         mask: Array | None,
         rotary: tuple[Array, Array],
-        window: Array | None = None,
     ) -> tuple[Array, None]:
+        past, window = own
         y = self._attention()(self._norm("attention_norm", x), mask, rotary, past, window)
         x = x + self._output_norm("attention_output_norm", y)
         mlp = LlamaMLP(self.config, self.compute, name="mlp")

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lorax_ft.methods import split_virtual
 from lorax_ft.models import decoders, encoders, gpt2, hugging_face
 from lorax_ft.models.bert import Bert, BertConfig
 from lorax_ft.models.gpt2 import Gpt2, Gpt2Config
 from lorax_ft.models.layers import Array, ComputeConfig, PyTree
 from lorax_ft.models.llama import Llama, LlamaConfig
+from lorax_ft.models.virtual import split_virtual
 from lorax_ft.trees import nearest
 
 ModelConfig = BertConfig | Gpt2Config | LlamaConfig

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,7 +25,7 @@ class Meter:
 
     def __init__(self, *, nonfinite: int = 0, peak_flops: float | None = None):
         self.nonfinite = nonfinite
-        self.last_loss = math.nan
+        self.last_loss: float | None = None  # None until a step has been read
         self._peak_flops = peak_flops  # of all devices together
         self._flops_of: dict[Any, float] = {}  # by the shapes of the batch
         self._unread: collections.deque[tuple[dict[str, jax.Array], Any]] = collections.deque()

@@ -31,7 +31,6 @@ from lorax_ft.training.optimizers import OptimizerConfig, build_optimizer
 from lorax_ft.training.step import make_train_step
 
 Compared = Iterator[tuple[str, float]]
-"""What was compared, and the largest difference as a share of the one allowed: at most 1 is ok."""
 
 RENAMED = {  # in memory PEFT has other names than in a file
     "_vector.weight": "_vector",
@@ -40,12 +39,11 @@ RENAMED = {  # in memory PEFT has other names than in a file
 
 
 def main(directory: pathlib.Path) -> int:
-    cases = json.loads((directory / "manifest.json").read_text())["cases"]
-    checks = {"base": check_base, "adapter": check_adapter, "train": check_training}
+    cases = cases_of(directory)
     wrong = 0
-    for case in cases:
+    for case in cases.values():
         try:
-            found = list(checks[case["type"]](directory, case))
+            found = check(directory, case)
         except (ValueError, KeyError) as error:
             found, verdict = [], f"refused: {str(error).splitlines()[0][:150]}"
         else:
@@ -57,9 +55,25 @@ def main(directory: pathlib.Path) -> int:
     return int(wrong > 0)
 
 
-def check_base(directory: pathlib.Path, case: dict[str, Any]) -> Compared:
+def cases_of(directory: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The cases of a directory's manifest, by name."""
+    cases = json.loads((directory / "manifest.json").read_text())["cases"]
+    return {case["case"]: case for case in cases}
+
+
+def check(
+    directory: pathlib.Path, case: dict[str, Any], scan_layers: bool = False
+) -> list[tuple[str, float]]:
+    """What was compared, with the largest difference as a share of the one allowed.
+
+    Raises ValueError where something of the case is not handled.
+    """
+    model, params = load(directory / case["model"], scan_layers)
+    return list(CHECKS[case["type"]](directory, case, model, params))
+
+
+def check_base(directory: pathlib.Path, case: dict[str, Any], model: Any, params: Any) -> Compared:
     """Logits of every set of inputs."""
-    model, params = load(directory / case["model"])
     with np.load(directory / case["model"] / "io.npz") as io:
         for name in case["sets"]:
             batch = batch_of(io, model, name)
@@ -67,9 +81,8 @@ def check_base(directory: pathlib.Path, case: dict[str, Any]) -> Compared:
             yield f"{name} logits", share(got, io[f"{name}.logits"], batch, case)
 
 
-def check_adapter(directory: pathlib.Path, case: dict[str, Any]) -> Compared:
+def check_adapter(directory: pathlib.Path, case: dict[str, Any], model: Any, base: Any) -> Compared:
     """Logits with the adapter, and merged where they were recorded."""
-    model, base = load(directory / case["model"])
     folder = directory / case["model"] / "adapters" / case["case"].split("/")[1]
     params, _ = load_peft(folder, model, base)
     front = case.get("virtual_tokens_in_logits", 0)
@@ -86,9 +99,10 @@ def check_adapter(directory: pathlib.Path, case: dict[str, Any]) -> Compared:
                 yield f"{name} merged", share(got, want[:, front:], batch, case)
 
 
-def check_training(directory: pathlib.Path, case: dict[str, Any]) -> Compared:
+def check_training(
+    directory: pathlib.Path, case: dict[str, Any], model: Any, base: Any
+) -> Compared:
     """Losses, first gradients and final parameters of a few AdamW steps."""
-    model, base = load(directory / case["model"])
     path = directory / case["model"] / "train" / f"{case['case'].split('/')[-1]}.npz"
     with np.load(directory / case["model"] / "io.npz") as io:
         batch = batch_of(io, model, case["set"], labels=True)
@@ -100,9 +114,12 @@ def check_training(directory: pathlib.Path, case: dict[str, Any]) -> Compared:
     else:
         folder = directory / case["model"] / "adapters" / case["adapter"]
         params, trained = load_peft(folder, model, base)
-    last, losses, gradient = train(model, params, trained, batch, case)
-    allowed = case["atol"]["losses"]
-    yield "losses", float(np.abs(np.asarray(losses) - expected["losses"]).max()) / allowed
+    last, history, gradient = train(model, params, trained, batch, case)
+    losses, norms = (np.asarray(values) for values in zip(*history))
+    yield "losses", float(np.abs(losses - expected["losses"]).max()) / case["atol"]["losses"]
+    if "grad_norms" in expected:  # before clipping
+        off = np.abs(norms[:-1] - expected["grad_norms"]) / expected["grad_norms"]
+        yield "norms", float(off.max()) / 1e-3
     for prefix, arrays in (("grad0.", gradient), ("final.", last)):
         got = named(model, arrays, trained, case)
         want = {
@@ -121,7 +138,8 @@ def check_training(directory: pathlib.Path, case: dict[str, Any]) -> Compared:
 
 
 def train(model: Any, params: Any, trained: Any, batch: Any, case: dict[str, Any]) -> Any:
-    """(last params, losses before each step and after the last, first gradient)."""
+    """(last params, losses and gradient norms before each step and after the last, first
+    gradient)."""
     schedule = case["schedule"]
     config = OptimizerConfig(
         learning_rate=case["lr"],
@@ -146,20 +164,23 @@ def train(model: Any, params: Any, trained: Any, batch: Any, case: dict[str, Any
         norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient)))
         factor = jnp.minimum(1.0, case["clip"] / norm)
         gradient = jax.tree.map(lambda g: g * factor, gradient)
-    state, losses, last = tx.init(half), [], half
+    state, history, last = tx.init(half), [], half
     for _ in range(case["steps"] + 1):
         last = jax.tree.map(jnp.copy, half)
         half, state, metrics = step(half, state, frozen, batch, jax.random.key(0))
-        losses.append(float(metrics["loss"]))
-    return trees.combine(last, frozen), losses, trees.combine(gradient, frozen)
+        history.append((float(metrics["loss"]), float(metrics["gradient_norm"])))
+    return trees.combine(last, frozen), history, trees.combine(gradient, frozen)
+
+
+CHECKS = {"base": check_base, "adapter": check_adapter, "train": check_training}
 
 
 # --- Names and files ------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=2)
-def load(folder: pathlib.Path) -> Any:
-    return hub.load(folder, scan_layers=False)
+def load(folder: pathlib.Path, scan_layers: bool) -> Any:
+    return hub.load(folder, scan_layers=scan_layers)
 
 
 def run(model: Any, params: Any, batch: Any) -> np.ndarray:
