@@ -3,13 +3,15 @@ figure.
 
     python experiments/methods_on_text_classification/run.py --data=../shared/data --seeds=0,1,2
 
-Each run is `lorax-ft train` with a config of `configs/`; one that is finished is not run again, one
-that was stopped goes on. Writes results.csv, results.md and results.png beside this file.
+Each run is `lorax-ft train` with a config of `configs/`. One that has a row in results.csv is not run
+again (delete the row for that), one that was stopped goes on. Writes results.csv, results.md and
+results.png beside this file.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import pathlib
 import statistics
@@ -43,8 +45,8 @@ _TASKS = flags.DEFINE_list("tasks", list(SOURCES), "which tasks")
 _ONLY_REPORT = flags.DEFINE_bool("only_report", False, "make the table of what is finished")
 
 
-def train(task: str, method: str, seed: str) -> pathlib.Path:
-    """Runs one training in a process of its own and returns its directory."""
+def train(task: str, method: str, seed: int) -> None:
+    """Runs one training in a process of its own."""
     directory = pathlib.Path(_RUNS.value) / f"{task}-{method}-{seed}"
     command = [
         sys.executable,
@@ -59,9 +61,7 @@ def train(task: str, method: str, seed: str) -> pathlib.Path:
     ]
     for part, path in SOURCES[task].items():
         command.append(f"--config.data.source.{part}={pathlib.Path(_DATA.value) / path}")
-    if not (directory / "results.json").exists():
-        subprocess.run(command, check=True)
-    return directory
+    subprocess.run(command, check=True)
 
 
 def read(directory: pathlib.Path, task: str) -> dict[str, float] | None:
@@ -80,16 +80,34 @@ def read(directory: pathlib.Path, task: str) -> dict[str, float] | None:
     }
 
 
-def collect(seeds: list[str]) -> list[dict[str, object]]:
-    """A row for every finished run."""
-    rows = []
-    for task in SOURCES:
-        for method in METHODS:
-            for seed in seeds:
-                found = read(pathlib.Path(_RUNS.value) / f"{task}-{method}-{seed}", task)
-                if found:
-                    rows.append({"task": task, "method": method, "seed": seed, **found})
-    return rows
+def key(row: dict) -> tuple[str, str, int]:
+    """Which run a row is of."""
+    return row["task"], row["method"], row["seed"]
+
+
+def recorded() -> list[dict]:
+    """The rows that results.csv has."""
+    path = HERE / "results.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [
+            {k: v if k in ("task", "method") else json.loads(v) for k, v in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+def collect(seeds: list[int]) -> list[dict]:
+    """A row for every finished run: of results.csv, and of what is finished among the run
+    directories.
+    """
+    found = {key(row): row for row in recorded()}
+    for task, method, seed in itertools.product(SOURCES, METHODS, seeds):
+        row = read(pathlib.Path(_RUNS.value) / f"{task}-{method}-{seed}", task)
+        if row:
+            found[task, method, seed] = {"task": task, "method": method, "seed": seed, **row}
+    order = list(itertools.product(SOURCES, METHODS))
+    return sorted(found.values(), key=lambda row: (order.index(key(row)[:2]), row["seed"]))
 
 
 def table(rows: list[dict]) -> str:
@@ -144,11 +162,12 @@ def plot(rows: list[dict], path: pathlib.Path) -> None:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    for seed in [] if _ONLY_REPORT.value else _SEEDS.value:
-        for task in _TASKS.value:
-            for method in METHODS:
-                train(task, method, seed)
-    rows = collect(_SEEDS.value)
+    seeds = [int(seed) for seed in _SEEDS.value]
+    done = {key(row) for row in collect(seeds)}
+    for seed, task, method in itertools.product(seeds, _TASKS.value, METHODS):
+        if (task, method, seed) not in done and not _ONLY_REPORT.value:
+            train(task, method, seed)
+    rows = collect(seeds)
     if not rows:
         raise app.UsageError(f"no run in {_RUNS.value} is finished")
     with (HERE / "results.csv").open("w", newline="") as file:
