@@ -3,9 +3,9 @@ figure.
 
     python experiments/methods_on_text_classification/run.py --data=../shared/data --seeds=0,1,2
 
-Each run is `lorax-ft train` with a config of `configs/`. One that has a row in results.csv is not run
-again (delete the row for that), one that was stopped goes on. Writes results.csv, results.md and
-results.png beside this file.
+Each run is `lorax-ft train` with a config of `configs/`. One that has a row in results.csv is not
+run again (delete the row for that), one that was stopped goes on. Writes results.csv, results.md
+and results.png beside this file.
 """
 
 from __future__ import annotations
