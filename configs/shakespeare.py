@@ -2,7 +2,7 @@
 
     lorax-ft train --config=configs/shakespeare.py:lora \
         --config.model.path=stories260K/hf --config.data.source.train=input.txt
-    lorax-ft predict --run_dir=runs/shakespeare-lora "ROMEO:"
+    lorax-ft generate --run_dir=runs/shakespeare-lora --do_sample --top_p=0.9 "ROMEO:"
 
 The argument is the method: lora (all linear layers), qlora (the same on NF4) or full. The last
 tenth of the text is held out.

@@ -1,8 +1,9 @@
-"""The program `lorax-ft`: train | eval | predict | merge | inspect.
+"""The program `lorax-ft`: train | eval | predict | generate | merge | inspect.
 
     lorax-ft train --config=configs/quickstart.py:qlora --config.lora.rank=16 --run_dir=runs/mine
     lorax-ft eval --run_dir=runs/mine --split=validation
     lorax-ft predict --run_dir=runs/mine "a text" "another text"
+    lorax-ft generate --run_dir=runs/story --do_sample --temperature=0.8 "Once upon a time"
     lorax-ft merge --run_dir=runs/mine --output=merged --dtype=bfloat16
     lorax-ft inspect --config=configs/quickstart.py
 
@@ -13,6 +14,7 @@ from.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import re
@@ -23,6 +25,7 @@ from typing import Any
 from absl import flags
 
 HELP = {"help", "--help", "-h"}
+EARLY_STOPPING: dict[str, bool | str] = {"false": False, "true": True, "never": "never"}
 # What the library raises where its input is at fault. RuntimeError: another run has the directory;
 # FloatingPointError: too many losses were not finite.
 BAD_INPUT = (
@@ -92,13 +95,28 @@ def evaluate(values: Any, arguments: list[str]) -> None:
 def predict(values: Any, arguments: list[str]) -> None:
     from lorax_ft import finished
 
-    if values.file and arguments:
-        raise ValueError(f"predict: give texts or --file={values.file}, not both.")
-    if values.file:
-        arguments = pathlib.Path(values.file).read_text("utf-8").splitlines()
-    texts = arguments or [line.rstrip("\n") for line in sys.stdin]
-    for line in finished.predict(values.run_dir, texts, new_tokens=values.new_tokens):
+    for line in finished.predict(values.run_dir, _texts(values, arguments)):
         print(line)
+
+
+def generate(values: Any, arguments: list[str]) -> None:
+    from lorax_ft import finished
+    from lorax_ft.generation import GenerationConfig
+
+    names = [field.name for field in dataclasses.fields(GenerationConfig)]
+    chosen = {name: values[name].value for name in names}
+    if chosen["eos_token_id"] is not None:
+        chosen["eos_token_id"] = tuple(map(int, chosen["eos_token_id"]))
+    chosen["early_stopping"] = EARLY_STOPPING[chosen["early_stopping"]]
+    config = GenerationConfig(**chosen)
+    texts = _texts(values, arguments)
+    for text, pieces in zip(
+        texts, finished.generate(values.run_dir, texts, config, seed=values.seed)
+    ):
+        print(text, end="")
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
 
 
 def merge(values: Any, arguments: list[str]) -> None:
@@ -132,6 +150,15 @@ def default_run_dir(config_file: str, overrides: dict[str, Any]) -> str:
     if len(name) > 100:
         name = f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return f"runs/{name}"
+
+
+def _texts(values: Any, arguments: list[str]) -> list[str]:
+    """The texts that a command is given: arguments, lines of a file, or of stdin."""
+    if values.file and arguments:
+        raise ValueError(f"give texts or --file={values.file}, not both.")
+    if values.file:
+        return pathlib.Path(values.file).read_text("utf-8").splitlines()
+    return arguments or [line.rstrip("\n") for line in sys.stdin]
 
 
 def _config(values: Any) -> Any:
@@ -207,8 +234,28 @@ def _evaluate_flags(values: flags.FlagValues, argv: list[str]) -> None:
 def _predict_flags(values: flags.FlagValues, argv: list[str]) -> None:
     _run_dir_flag(values, argv)
     flags.DEFINE_string("file", None, "file with one text a line", flag_values=values)
-    flags.DEFINE_integer(
-        "new_tokens", 64, "of a language model's continuation", lower_bound=1, flag_values=values
+
+
+def _generate_flags(values: flags.FlagValues, argv: list[str]) -> None:
+    _predict_flags(values, argv)
+    integer = functools.partial(flags.DEFINE_integer, flag_values=values)
+    real = functools.partial(flags.DEFINE_float, flag_values=values)
+    integer("max_new_tokens", 64, "how long a continuation may be")
+    flags.DEFINE_boolean("do_sample", False, "draw tokens", flag_values=values)
+    real("temperature", 1.0, "of what is drawn")
+    integer("top_k", None, "draw from so many of the likeliest tokens")
+    real("top_p", 1.0, "draw from the likeliest tokens that have this probability together")
+    integer("seed", 0, "of what is drawn")
+    integer("num_beams", 1, "of a beam search")
+    real("length_penalty", 1.0, "of beams: scores are divided by length to this power")
+    flags.DEFINE_enum(
+        "early_stopping", "false", list(EARLY_STOPPING), "when beams end", flag_values=values
+    )
+    flags.DEFINE_list(
+        "eos_token_id",
+        None,
+        "tokens that end a text (default: the model's and the tokenizer's)",
+        flag_values=values,
     )
 
 
@@ -232,9 +279,14 @@ COMMANDS = {
         run=evaluate,
     ),
     "predict": Command(
-        description="Labels or continues texts: arguments, lines of --file, or lines of stdin.",
+        description="Labels texts: arguments, lines of --file, or lines of stdin.",
         define=_predict_flags,
         run=predict,
+    ),
+    "generate": Command(
+        description="Continues texts with a language model; they are given as to predict.",
+        define=_generate_flags,
+        run=generate,
     ),
     "merge": Command(
         description="Writes a run's model, adapters merged, as a Hugging Face directory.",

@@ -1,10 +1,10 @@
-"""Finished runs: restored, evaluated, asked about new texts, and merged."""
+"""Finished runs: restored, evaluated, asked about or to continue texts, and merged."""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from lorax_ft.data import (
     load_dataset,
     load_tokenizer,
 )
+from lorax_ft.generation import GenerationConfig
 from lorax_ft.models import hub
 from lorax_ft.training.step import inputs_of
 
@@ -80,35 +81,51 @@ def evaluate(run_dir: str | pathlib.Path, part: str) -> prediction.Evaluation:
     )
 
 
-def predict(
-    run_dir: str | pathlib.Path, texts: Sequence[str], *, new_tokens: int = 64
-) -> list[str]:
-    """A line for each text: its label and probability, or for a language model its continuation."""
+def predict(run_dir: str | pathlib.Path, texts: Sequence[str]) -> list[str]:
+    """A line for each text: its label, the label's probability, and the text.
+
+    Raises ValueError for a language model, which `generate` is for.
+    """
     finished = load_run(run_dir)
     adapted, record = finished.adapted, finished.record
-    apply, task = make_apply(adapted.model), record.config.data.task
-    if isinstance(task, TextClassification):
-        found = prediction.classify(
-            apply,
-            adapted.params,
-            finished.tokenizer(),
-            texts,
-            task=task,
-            label_names=record.label_names,
-            loader=record.config.data.loader,
+    if not isinstance(record.config.data.task, TextClassification):
+        raise ValueError(
+            f"{run_dir} is of a model for {record.task!r}: `generate` continues texts."
         )
-        return [f"{label}\t{p:.4f}\t{text}" for (label, p), text in zip(found, texts)]
-    return [
-        prediction.continue_text(
-            apply,
-            adapted.params,
-            finished.tokenizer(),
-            text,
-            new_tokens=new_tokens,
-            max_length=adapted.model.config.max_length,
-        )
-        for text in texts
-    ]
+    found = prediction.classify(
+        make_apply(adapted.model),
+        adapted.params,
+        finished.tokenizer(),
+        texts,
+        task=record.config.data.task,
+        label_names=record.label_names,
+        loader=record.config.data.loader,
+    )
+    return [f"{label}\t{p:.4f}\t{text}" for (label, p), text in zip(found, texts)]
+
+
+def generate(
+    run_dir: str | pathlib.Path,
+    texts: Sequence[str],
+    config: GenerationConfig = GenerationConfig(),
+    *,
+    seed: int = 0,
+) -> Iterator[Iterator[str]]:
+    """What the trained model writes after each text, in pieces as they come.
+
+    Beams are written one batch for all texts, and each is one piece. Raises ValueError where the
+    run is not of a language model, and as `prediction.continue_texts` does.
+    """
+    finished = load_run(run_dir)
+    model, params = finished.adapted.model, finished.adapted.params
+    tokenizer = finished.tokenizer()
+    if config.num_beams > 1:
+        whole = prediction.continue_texts(model, params, tokenizer, texts, config)
+        yield from (iter([text]) for text in whole)
+        return
+    for i, text in enumerate(texts):
+        key = jax.random.fold_in(jax.random.key(seed), i) if config.do_sample else None
+        yield prediction.stream_text(model, params, tokenizer, text, config, key)
 
 
 def merge(

@@ -1,4 +1,4 @@
-"""A model over data: the metrics of a split, the labels of texts, and what comes after them."""
+"""A model over data: the metrics of a split, the labels of texts, and what it writes after them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lorax_ft import evaluation
+from lorax_ft import evaluation, generation
 from lorax_ft.data import LoaderConfig, TextClassification, Tokenizer, evaluation_batches
+from lorax_ft.generation import GenerationConfig
+from lorax_ft.models import Model
 from lorax_ft.training import shard_batch
 
 PyTree = Any
@@ -98,46 +99,94 @@ def classify(
     return results
 
 
-def continue_text(
-    apply: Callable[..., jax.Array],
+def continue_texts(
+    model: Model,
+    params: PyTree,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    config: GenerationConfig = GenerationConfig(),
+    key: jax.Array | None = None,
+) -> list[str]:
+    """What a language model writes after each text, without the text.
+
+    The texts are one batch, padded on the left to a power of two: few lengths, few compilations.
+    Raises ValueError for a text of no tokens, and as `generation.generate` does.
+    """
+    if not texts:
+        return []
+    config = _with_ends(config, model, tokenizer)
+    prompts = _prompts(tokenizer, texts)
+    inputs = _padded_left(prompts, tokenizer.pad_id, _room(model, config))
+    tokens, lengths = generation.generate(model, params, inputs, config, key)
+    return [
+        _continuation(tokenizer, prompt, row[:length])
+        for prompt, row, length in zip(prompts, np.asarray(tokens), np.asarray(lengths))
+    ]
+
+
+def stream_text(
+    model: Model,
     params: PyTree,
     tokenizer: Tokenizer,
     text: str,
-    *,
-    new_tokens: int = 64,
-    max_length: int | None = None,
-) -> str:
-    """The text and what the model finds likeliest to follow, token by token (greedy decoding).
+    config: GenerationConfig = GenerationConfig(),
+    key: jax.Array | None = None,
+) -> Iterator[str]:
+    """What `continue_texts` answers for one text, in pieces as they come."""
+    config = _with_ends(config, model, tokenizer)
+    (prompt,) = _prompts(tokenizer, [text])
+    inputs = _padded_left([prompt], tokenizer.pad_id, _room(model, config))
+    written, shown = [], ""
+    for token in generation.stream(model, params, inputs, config, key):
+        written.append(int(token[0]))
+        whole = _continuation(tokenizer, prompt, written)
+        if not whole.endswith("\ufffd"):  # or else a character's last bytes are still to come
+            yield whole[len(shown) :]
+            shown = whole
+    yield _continuation(tokenizer, prompt, written)[len(shown) :]
 
-    Each token costs a whole pass over the sequence. It ends at the end-of-sequence token, after
-    `new_tokens`, or at `max_length` tokens in all. Raises ValueError for a text of no tokens or of
-    more than that.
-    """
-    prompt = tokenizer.encode([text]).input_ids[0]
-    if not len(prompt) or (max_length is not None and len(prompt) >= max_length):
-        raise ValueError(
-            f"{text[:40]!r} has {len(prompt)} tokens: expected at least 1, and fewer than the "
-            f"model's {max_length}."
-        )
-    total = len(prompt) + new_tokens if max_length is None else max_length
-    total = min(total, len(prompt) + new_tokens)
-    ids = np.zeros((1, total), np.int32)
-    ids[0, : len(prompt)] = prompt
 
-    @jax.jit
-    def next_token(params: PyTree, ids: jax.Array, length: jax.Array) -> jax.Array:
-        seen = (jnp.arange(total) < length).astype(jnp.int32)[None]
-        logits = apply(params, {"input_ids": ids, "attention_mask": seen})
-        return jnp.argmax(jnp.take(logits[0], length - 1, axis=0))
+def _continuation(tokenizer: Tokenizer, prompt: np.ndarray, tokens: Sequence[int]) -> str:
+    """The text of tokens behind others: with the space that parts them, if one does."""
+    before = prompt.tolist()
+    return tokenizer.decode([*before, *map(int, tokens)])[len(tokenizer.decode(before)) :]
 
-    length = len(prompt)
-    while length < total:
-        token = int(next_token(params, ids, np.int32(length)))
-        if token == tokenizer.eos_id:
-            break
-        ids[0, length] = token
-        length += 1
-    return tokenizer.decode(ids[0, :length].tolist())
+
+def _prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """The token ids of texts that are to be gone on with: without an end."""
+    prompts = []
+    for text, ids in zip(texts, tokenizer.encode(texts).input_ids):
+        ids = ids[:-1] if len(ids) and ids[-1] == tokenizer.eos_id else ids
+        if not len(ids):
+            raise ValueError(f"The text {text!r} has no tokens: give at least one to start from.")
+        prompts.append(ids)
+    return prompts
+
+
+def _with_ends(config: GenerationConfig, model: Model, tokenizer: Tokenizer) -> GenerationConfig:
+    """The config with the tokens that end a text: by default the model's and the tokenizer's."""
+    if config.eos_token_id is not None:
+        return config
+    ends = generation.ends_of(model)
+    if tokenizer.eos_id is not None:
+        ends = (*ends, tokenizer.eos_id)
+    return dataclasses.replace(config, eos_token_id=tuple(dict.fromkeys(ends)))
+
+
+def _room(model: Model, config: GenerationConfig) -> int:
+    """How long padded texts may be."""
+    return model.config.max_length - config.max_new_tokens
+
+
+def _padded_left(rows: Sequence[np.ndarray], pad_id: int, room: int) -> dict[str, np.ndarray]:
+    longest = max(map(len, rows))
+    length = max(longest, min(2 ** max(3, (longest - 1).bit_length()), room))
+    ids = np.full((len(rows), length), pad_id, np.int32)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, length - len(row) :] = row
+        mask[i, length - len(row) :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def _split_pairs(texts: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -25,6 +25,7 @@ LAYERS = (
     "training",
     "evaluation",
     "interop",
+    "generation",
     "prediction",
     "config",
     "runs",

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lorax_ft import adapted, experiment, finished, trees
 from lorax_ft.config import ExperimentConfig, parse
+from lorax_ft.generation import GenerationConfig
 from lorax_ft.interop import load_peft
 from lorax_ft.lift import lift
 from lorax_ft.methods import AdaLoRA
@@ -221,7 +222,12 @@ def test_a_quantised_run_trains_and_leaves_every_base_byte(folder, tmp_path, kin
     assert results["metrics"]["validation"]["accuracy"] > 0.9
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[path], after[path]) for path in before if "rank" not in path)
-    assert finished.predict(tmp_path / "run", ["the sky is"], new_tokens=1) == ["the sky is blue"]
+    (pieces,) = finished.generate(
+        tmp_path / "run", ["the sky is"], GenerationConfig(max_new_tokens=1)
+    )
+    assert "".join(pieces) == " blue"
+    with pytest.raises(ValueError, match="a model for 'causal_lm': `generate` continues texts"):
+        finished.predict(tmp_path / "run", ["the sky is"])
 
 
 @pytest.mark.parametrize("initialization", ["pissa", "olora", "loftq"])

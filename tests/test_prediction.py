@@ -32,11 +32,6 @@ def first_token_as_class(params, inputs):
     return params["scale"] * jax.nn.one_hot(inputs["input_ids"][:, 0] - 1, 3)
 
 
-def next_letter(params, inputs):
-    """Logits that find the alphabet's next letter likeliest."""
-    return params["scale"] * jax.nn.one_hot(inputs["input_ids"] + 1, 27)
-
-
 def evaluate(apply, labels, first_tokens):
     examples = [
         {"input_ids": np.array([t], np.int32), "labels": np.array(label, np.int32)}
@@ -108,22 +103,3 @@ def test_a_missing_second_text_is_an_error():
             task=TextClassification(text_pair="second"),
             label_names=("x", "y"),
         )
-
-
-@pytest.mark.parametrize(
-    ("text", "limits", "expected"),
-    [
-        ("abc", {"new_tokens": 3}, "abcdef"),
-        ("abc", {"new_tokens": 3, "max_length": 5}, "abcde"),
-        ("wx", {"new_tokens": 9}, "wxy"),  # z ends it
-    ],
-)
-def test_a_text_is_continued_until_its_end_or_the_limit(text, limits, expected):
-    params = {"scale": jnp.float32(1)}
-
-    assert prediction.continue_text(next_letter, params, Letters(), text, **limits) == expected
-
-
-def test_a_text_that_fills_the_model_cannot_be_continued():
-    with pytest.raises(ValueError, match="'abcd' has 4 tokens"):
-        prediction.continue_text(next_letter, {}, Letters(), "abcd", max_length=4)

@@ -149,7 +149,7 @@ def _word_table(params: Any, uses: Uses) -> str:
     tables = [
         path
         for path in parameters
-        if (uses[path].kind == "embedding" if uses else path.endswith("embedding"))
+        if (path in uses and uses[path].kind == "embedding" if uses else path.endswith("embedding"))
     ]
     if not tables:
         raise ValueError("a prompt stands before word vectors, but the model looks up none.")

@@ -6,11 +6,19 @@ from lorax_ft.models.gpt2 import Gpt2, Gpt2Config
 from lorax_ft.models.hub import fingerprint, load, save
 from lorax_ft.models.layers import ComputeConfig, stack_layers, unstack_layers
 from lorax_ft.models.llama import Llama, LlamaConfig
-from lorax_ft.models.model import Model, build, check_inputs, hugging_face_name, module_path
+from lorax_ft.models.model import (
+    Cache,
+    Model,
+    build,
+    check_inputs,
+    hugging_face_name,
+    module_path,
+)
 
 __all__ = [
     "Bert",
     "BertConfig",
+    "Cache",
     "ComputeConfig",
     "Encoded",
     "Gpt2",

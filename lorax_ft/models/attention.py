@@ -1,15 +1,17 @@
-"""Self-attention, for a whole sequence at a time, and rotary positions."""
+"""Self-attention, for a whole sequence at a time or after what is in a cache; rotary positions."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax import lax
 
 from lorax_ft.models.layers import (
     Array,
@@ -55,7 +57,11 @@ class RotaryConfig:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, with as many or fewer heads for keys and values as for queries."""
+    """Multi-head self-attention, with as many or fewer heads for keys and values as for queries.
+
+    Where the collection "cache" is mutable, it keeps keys and values there, in as many slots as the
+    mask has keys: a first call starts it, each further one goes on behind what is kept.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -86,7 +92,8 @@ class Attention(nn.Module):
             x: what attends to itself.
             mask: `[batch, 1, 1, keys]`, True for seen keys.
             rotary: cosines and sines of the positions, as `rotary_angles` gives them.
-            past: keys and values `[n, kv_heads * head_dim]` that stand before those of `x`.
+            past: keys and values `[n, kv_heads * head_dim]` that stand before those of `x`; they
+                are kept in a cache like others, so that only the first call gives them.
             window: how many keys a query sees, itself among them; all where None.
         """
         query, key, value = self._project(x)
@@ -97,6 +104,11 @@ class Attention(nn.Module):
             query, key = rotate(query, *rotary), rotate(key, *rotary)
         if past is not None:
             key, value = (_after(p, present) for p, present in zip(past, (key, value)))
+        first = None
+        if self.is_mutable_collection("cache") and not self.is_initializing():
+            before = key.shape[1] - x.shape[1]
+            key, value, start = self._keep(key, value, mask)
+            first = start + before
         has_dropout = self.dropout_rate > 0 and self.has_rng("dropout")
         if self.compute.attention == "cudnn" and not has_dropout:
             if self.softcap is not None:
@@ -104,7 +116,7 @@ class Attention(nn.Module):
                     "ComputeConfig.attention 'cudnn' knows no softcap, which this model has: "
                     "say 'xla'."
                 )
-            y = attend_fused(query, key, value, mask, self.is_causal, self.scale, window)
+            y = attend_fused(query, key, value, mask, self.is_causal, self.scale, window, first)
         else:
             y = attend(
                 query,
@@ -117,6 +129,7 @@ class Attention(nn.Module):
                 scale=self.scale,
                 softcap=self.softcap,
                 window=window,
+                first=first,
             )
         use_bias = self.use_bias if self.use_output_bias is None else self.use_output_bias
         return self._dense(x.shape[-1], use_bias, "output")(y.reshape(*y.shape[:-2], -1))
@@ -135,6 +148,23 @@ class Attention(nn.Module):
             y.reshape(*y.shape[:-1], count, self.head_dim) for y, count in zip(parts, counts)
         )
         return query, key, value
+
+    def _keep(self, key: Array, value: Array, mask: Array | None) -> tuple[Array, Array, Any]:
+        """Puts keys and values into the cache: all that it holds, and the slot of the first new."""
+        assert mask is not None  # it says how many slots there are
+        start = self.get_variable("cache", "index", 0)
+        held = []
+        for name, present in {"key": key, "value": value}.items():
+            if self.has_variable("cache", name):
+                kept = self.get_variable("cache", name)
+                all_of_it = lax.dynamic_update_slice_in_dim(kept, present, start, axis=1)
+            else:
+                free = mask.shape[-1] - present.shape[1]
+                all_of_it = jnp.pad(present, ((0, 0), (0, free), (0, 0), (0, 0)))
+            self.put_variable("cache", name, all_of_it)
+            held.append(all_of_it)
+        self.put_variable("cache", "index", jnp.asarray(start + key.shape[1], jnp.int32))
+        return held[0], held[1], start
 
     def _dense(self, features: int, use_bias: bool, name: str) -> Dense:
         return Dense(features, self.compute, use_bias, self.stddev, name=name)
@@ -161,11 +191,12 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | Array | None = None,
+    first: int | Array | None = None,
 ) -> Array:
     """Scaled dot-product attention by plain products, the softmax in float32.
 
-    `query` is `[batch, length, heads, head_dim]`, `key` and `value` have fewer heads or as many;
-    where they are longer, what stands first in them is before every query. It is
+    `query` is `[batch, length, heads, head_dim]`, `key` and `value` have fewer heads or as many.
+    The first query stands at key `first`; where None, the last one at the last key. It is
     `jax.nn.dot_product_attention` with dropout of the attention weights and a softcap of the
     products beside, and gradients of bfloat16 that are not mixed products.
     """
@@ -182,7 +213,7 @@ def attend(
     if softcap is not None:
         scores = softcapped(scores, softcap)
     lowest = jnp.finfo(jnp.float32).min
-    if (seen := seen_keys(length, key.shape[2], is_causal, window)) is not None:
+    if (seen := seen_keys(length, key.shape[2], is_causal, window, first)) is not None:
         scores = jnp.where(seen[None, None, None], scores, lowest)
     if mask is not None:
         scores = jnp.where(mask[:, :, None], scores, lowest)
@@ -203,13 +234,14 @@ def attend_fused(
     is_causal: bool,
     scale: float | None = None,
     window: int | Array | None = None,
+    first: int | Array | None = None,
 ) -> Array:
     """Attention by cuDNN's fused kernel, which keeps no matrix of weights."""
     length, keys = query.shape[1], key.shape[1]
     # cuDNN's own window is a constant, which one in a scanned layer is not; its own causal mask is
     # of as many keys as queries
     if window is not None or (is_causal and keys != length):
-        seen = seen_keys(length, keys, is_causal, window)
+        seen = seen_keys(length, keys, is_causal, window, first)
         assert seen is not None
         mask, is_causal = seen[None, None] if mask is None else mask & seen[None, None], False
     if mask is not None:  # cuDNN does not broadcast it over queries
@@ -219,12 +251,20 @@ def attend_fused(
     )
 
 
-def seen_keys(length: int, keys: int, is_causal: bool, window: int | Array | None) -> Array | None:
-    """Which keys each query sees: `[length, keys]`; None where all. The last ones are its own."""
+def seen_keys(
+    length: int,
+    keys: int,
+    is_causal: bool,
+    window: int | Array | None,
+    first: int | Array | None = None,
+) -> Array | None:
+    """Which keys each query sees: `[length, keys]`; None where all. The first stands at `first`."""
+    if window is None and not is_causal:
+        return None
+    first = keys - length if first is None else first
+    behind = first + jnp.arange(length)[:, None] - jnp.arange(keys)[None]
     if window is None:
-        return jnp.tri(length, keys, keys - length, dtype=bool) if is_causal else None
-    position = jnp.arange(keys)
-    behind = position[keys - length :, None] - position[None]
+        return behind >= 0
     seen = behind < window
     return seen & (behind >= 0) if is_causal else seen & (behind > -window)
 

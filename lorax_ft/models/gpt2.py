@@ -20,6 +20,7 @@ from lorax_ft.models.layers import (
     activate,
     dropout,
     head,
+    last_place,
     last_token,
     run_layers,
 )
@@ -182,6 +183,7 @@ class Gpt2(nn.Module):
         if self.task == "sequence_classification":
             x = last_token(x, input_ids, attention_mask, config.pad_token_id)
             return head(len(config.label_names), compute, config.initializer_range, "score")(x)
+        x = last_place(self, x)
         if config.tie_word_embeddings:
             return embeddings.word.logits(x)
         return head(config.vocab_size, compute, config.initializer_range, "lm_head")(x)

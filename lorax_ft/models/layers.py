@@ -250,6 +250,12 @@ def last_token(x: Array, input_ids: Array, mask: Array | None, pad_token_id: int
     return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
 
 
+def last_place(module: nn.Module, x: Array) -> Array:
+    """Of `[batch, length, d]` the last place alone where a cache is kept: `[batch, 1, d]`."""
+    is_decoding = module.is_mutable_collection("cache") and not module.is_initializing()
+    return x[:, -1:] if is_decoding else x
+
+
 def _row(vector: Array, ndim: int) -> Array:
     return vector.astype(jnp.float32).reshape((1,) * (ndim - 1) + (-1,))
 
@@ -282,7 +288,7 @@ def run_layers(
         return x
     scanned = nn.scan(
         layer,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "cache": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, *(nn.broadcast,) * len(inputs)),  # pyright: ignore[reportArgumentType]
         length=config.num_hidden_layers,

@@ -26,6 +26,7 @@ from lorax_ft.models.layers import (
     RMSNorm,
     activate,
     head,
+    last_place,
     last_token,
     run_layers,
     softcapped,
@@ -304,6 +305,7 @@ class Llama(nn.Module):
         if self.task == "sequence_classification":
             x = last_token(x, input_ids, attention_mask, config.pad_token_id)
             return head(len(config.label_names), compute, stddev, "score")(x)
+        x = last_place(self, x)
         if config.tie_word_embeddings:
             logits = embeddings.word.logits(x)
         else:

@@ -17,7 +17,7 @@ from lorax_ft.models.bert import Bert, BertConfig
 from lorax_ft.models.gpt2 import Gpt2, Gpt2Config
 from lorax_ft.models.layers import Array, ComputeConfig, PyTree
 from lorax_ft.models.llama import Llama, LlamaConfig
-from lorax_ft.models.virtual import split_virtual
+from lorax_ft.models.virtual import Virtual, split_virtual
 from lorax_ft.trees import nearest
 
 ModelConfig = BertConfig | Gpt2Config | LlamaConfig
@@ -52,6 +52,24 @@ FAMILIES: Mapping[str, Family] = {  # by config.json's model_type
         for model_type, variant in decoders.VARIANTS.items()
     },
 }
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """What a model keeps of texts that it goes on with."""
+
+    layers: PyTree  # keys and values [..., batch, slots, kv_heads, head_dim], and how many are set
+    slots: Array  # [batch, slots]: False where a slot holds padding
+    position: Array  # [batch]: of the next token
+
+    def take(self, rows: Array) -> Cache:
+        """The cache of other rows `[n]`, one of which may be there more than once."""
+
+        def of_rows(array: Array) -> Array:  # the indices have no batch
+            return array if array.ndim < 4 else jnp.take(array, rows, axis=array.ndim - 4)
+
+        return Cache(jax.tree.map(of_rows, self.layers), self.slots[rows], self.position[rows])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,18 +120,74 @@ class Model:
         Raises ValueError for an entry that is not known and for a sequence longer than the
         positions.
         """
+        own, virtual = split_virtual(params)
+        rngs = {} if key is None else {"dropout": key}
+        arguments = self._arguments(inputs, virtual)
+        return self.module.apply({"params": own}, *arguments, virtual=virtual, rngs=rngs)
+
+    def prefill(
+        self, params: PyTree, inputs: Mapping[str, Array], new_tokens: int
+    ) -> tuple[Array, Cache]:
+        """Reads texts and keeps what later tokens need of them.
+
+        Args:
+            params: as for `apply`.
+            inputs: `input_ids` `[batch, length]` and, for texts of several lengths, an
+                `attention_mask` that pads them on the left.
+            new_tokens: how many tokens may follow.
+
+        Returns float32 logits `[batch, vocabulary]` of the next token, and a cache for `decode`.
+        Raises ValueError where texts and new tokens have no positions, or the model does not
+        continue texts.
+        """
+        if self.task != "causal_lm":
+            raise ValueError(f"A model for {self.task!r} continues no text, only 'causal_lm' does.")
+        own, virtual = split_virtual(params)
+        ids = inputs["input_ids"]
+        before = virtual.prompt_length + virtual.prefix_length
+        if before + ids.shape[1] + new_tokens > self.config.max_length:
+            raise ValueError(
+                f"Texts of {ids.shape[1]} tokens and {new_tokens} new ones"
+                f"{f' behind {before} trained vectors' if before else ''} are more than the "
+                f"{self.config.max_length} positions of the model: lower max_new_tokens."
+            )
+        mask = inputs.get("attention_mask")
+        mask = jnp.ones(ids.shape, bool) if mask is None else mask.astype(bool)
+        position = inputs.get("position_ids", jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0))
+        free = jnp.pad(mask, ((0, 0), (0, new_tokens)), constant_values=True)
+        inputs = {**inputs, "attention_mask": free, "position_ids": position}
+        logits, held = self.module.apply(
+            {"params": own}, *self._arguments(inputs, virtual), virtual=virtual, mutable=["cache"]
+        )
+        slots = jnp.pad(free, ((0, 0), (before, 0)), constant_values=True)
+        return logits[:, -1], Cache(held["cache"], slots, before + position[:, -1] + 1)
+
+    def decode(self, params: PyTree, ids: Array, cache: Cache) -> tuple[Array, Cache]:
+        """Reads one more token of each text, `[batch]`: as `prefill`, behind what is kept."""
+        own, _ = split_virtual(params)  # in the cache since the first call
+        inputs = {
+            "input_ids": ids[:, None],
+            "attention_mask": cache.slots,
+            "position_ids": cache.position[:, None],
+        }
+        logits, held = self.module.apply(
+            {"params": own, "cache": cache.layers}, *self._arguments(inputs), mutable=["cache"]
+        )
+        return logits[:, -1], Cache(held["cache"], cache.slots, cache.position + 1)
+
+    def _arguments(
+        self, inputs: Mapping[str, Array], virtual: Virtual = Virtual()
+    ) -> tuple[Array | None, ...]:
+        """A module's arguments, once they are known to fit."""
         names = INPUTS[type(self.config)]
         if unknown := sorted(set(inputs) - {*names, *TARGETS}):
             raise ValueError(
                 f"A model with a {type(self.config).__name__} does not read {unknown}, only "
                 f"{', '.join(names)}."
             )
-        own, virtual = split_virtual(params)
         before = virtual.prompt_length + virtual.prefix_length
         _check_length(self.config, inputs["input_ids"].shape[1], before)
-        rngs = {} if key is None else {"dropout": key}
-        arguments = map(inputs.get, names)
-        return self.module.apply({"params": own}, *arguments, virtual=virtual, rngs=rngs)
+        return tuple(map(inputs.get, names))
 
     def init(self, key: Array) -> PyTree:
         """Random parameters, by the config's `initializer_range`."""
