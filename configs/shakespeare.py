@@ -4,8 +4,8 @@
         --config.model.path=stories260K/hf --config.data.source.train=input.txt
     lorax-ft generate --run_dir=runs/shakespeare-lora --do_sample --top_p=0.9 "ROMEO:"
 
-The argument is the method: lora (all linear layers), qlora (the same on NF4) or full. The last
-tenth of the text is held out.
+The argument is the method: lora (all linear layers), qlora (the same on NF4), full, or one of the
+others of `METHODS`. The last tenth of the text is held out.
 """
 
 from ml_collections import ConfigDict
@@ -14,6 +14,14 @@ METHODS = {  # sections, learning rate
     "lora": ({"lora": {"rank": 8}}, 5e-3),
     "qlora": ({"lora": {"rank": 8}, "quantization": {"kind": "nf4"}}, 5e-3),
     "full": ({"full": {}}, 1e-3),
+    "houlsby": ({"adapters": {"size": 16}}, 5e-3),
+    "ia3": ({"ia3": {}}, 2e-2),
+    "prefix": ({"prefix": {"length": 10}}, 2e-2),
+    "prompt": ({"prompt": {"length": 10}}, 2e-2),
+    "bitfit": ({"bitfit": {"add_missing": True}}, 1e-2),
+    "norms": ({"norms": {}}, 2e-2),
+    "vera": ({"vera": {}}, 2e-2),
+    "adalora": ({"adalora": {}}, 1e-2),
 }
 
 

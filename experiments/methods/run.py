@@ -1,0 +1,220 @@
+"""Methods side by side, on TREC, CoLA and Shakespeare: every run, one table, one figure.
+
+    python experiments/methods/run.py --data=DATA --models=MODELS --seeds=0,1,2
+
+Each run is `lorax-ft train` with a config of `configs/`, which lists the methods. One that has a
+row in results.csv is not run again (delete the row for that), one that was stopped goes on. Writes
+results.csv, results.md and results.png beside this file.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+import json
+import pathlib
+import runpy
+import statistics
+import subprocess
+import sys
+
+from absl import app, flags
+
+HERE = pathlib.Path(__file__).resolve().parent
+CONFIGS = HERE.parent.parent / "configs"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """A config's data, what its runs are judged by, and what others reach."""
+
+    part: str
+    metric: str
+    sources: dict[str, str]  # parts of the data to files of --data
+    model: str | None = None  # a folder of --models, where the config names none that is everywhere
+    peers: dict[str, float]  # transformers + PEFT on the same data and settings, one seed each
+    floor: tuple[str, float] | None  # what is reached without fine-tuning
+
+    @property
+    def is_loss(self) -> bool:
+        return self.metric == "loss"
+
+
+TFIDF = "TF-IDF + logistic regression"
+TASKS = {  # by the name of their config
+    "trec": Task(
+        part="test",
+        metric="accuracy",
+        sources={"train": "trec/train_5500.label", "test": "trec/TREC_10.label"},
+        peers={"head": 0.584, "full": 0.970, "lora": 0.956, "bitfit": 0.956, "ia3": 0.962},
+        floor=(TFIDF, 0.882),
+    ),
+    "cola": Task(
+        part="validation",
+        metric="matthews",
+        sources={"train": "cola/train.tsv", "validation": "cola/dev.tsv"},
+        peers={"full": 0.264, "lora": 0.288},
+        floor=(TFIDF, 0.152),
+    ),
+    "shakespeare": Task(
+        part="validation",
+        metric="loss",
+        sources={"train": "shakespeare/input.txt"},
+        model="stories260K/hf",
+        peers={},
+        floor=None,
+    ),
+}
+
+_DATA = flags.DEFINE_string("data", "data", "folder with the tasks' data")
+_MODELS = flags.DEFINE_string("models", "models", "folder with stories260K")
+_RUNS = flags.DEFINE_string("runs", "runs/methods", "where run directories go")
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds of every method")
+_TASKS = flags.DEFINE_list("tasks", list(TASKS), "which tasks")
+_METHODS = flags.DEFINE_list("methods", None, "which methods (default: all of a task's config)")
+_ONLY_REPORT = flags.DEFINE_bool("only_report", False, "make the table of what is finished")
+
+
+def methods_of(task: str) -> list[str]:
+    return list(runpy.run_path(str(CONFIGS / f"{task}.py"))["METHODS"])
+
+
+def train(task: str, method: str, seed: int) -> None:
+    """Runs one training in a process of its own."""
+    directory = pathlib.Path(_RUNS.value) / f"{task}-{method}-{seed}"
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from lorax_ft.cli import main; sys.exit(main())",
+        "train",
+        f"--config={CONFIGS / task}.py:{method}",
+        f"--config.seed={seed}",
+        "--config.train.tensorboard=false",
+        "--config.baseline=false",
+        f"--run_dir={directory}",
+    ]
+    for part, path in TASKS[task].sources.items():
+        command.append(f"--config.data.source.{part}={pathlib.Path(_DATA.value) / path}")
+    if model := TASKS[task].model:
+        command.append(f"--config.model.path={pathlib.Path(_MODELS.value) / model}")
+    subprocess.run(command, check=True)
+
+
+def read(directory: pathlib.Path, task: str) -> dict[str, float] | None:
+    """What the table needs of a finished run."""
+    path = directory / "results.json"
+    if not path.exists():
+        return None
+    results = json.loads(path.read_text())
+    return {
+        "score": results["metrics"][TASKS[task].part][TASKS[task].metric],
+        "trainable": results["parameters"]["trainable"],
+        "bytes": results["parameters"]["bytes"],
+        "steps": results["step"],
+        "seconds": results["seconds"],
+    }
+
+
+def key(row: dict) -> tuple[str, str, int]:
+    """Which run a row is of."""
+    return row["task"], row["method"], row["seed"]
+
+
+def recorded() -> list[dict]:
+    """The rows that results.csv has."""
+    path = HERE / "results.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [
+            {k: v if k in ("task", "method") else json.loads(v) for k, v in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+def collect(seeds: list[int]) -> list[dict]:
+    """A row for every finished run: of results.csv, and of what is finished among the run
+    directories.
+    """
+    found = {key(row): row for row in recorded()}
+    for task in TASKS:
+        for method, seed in itertools.product(methods_of(task), seeds):
+            row = read(pathlib.Path(_RUNS.value) / f"{task}-{method}-{seed}", task)
+            if row:
+                found[task, method, seed] = {"task": task, "method": method, "seed": seed, **row}
+    order = [(task, method) for task in TASKS for method in methods_of(task)]
+    return sorted(found.values(), key=lambda row: (order.index(key(row)[:2]), row["seed"]))
+
+
+def table(rows: list[dict]) -> str:
+    """Means over seeds in Markdown, the peer's figure and the floor beside them."""
+    lines = [
+        "| task | method | trainable | parameters, MB | metric | mean ± deviation (seeds) | peer |",
+        "|---|---|---:|---:|---|---:|---:|",
+    ]
+    for (name, method), group in itertools.groupby(rows, lambda row: key(row)[:2]):
+        chosen, task = list(group), TASKS[name]
+        scores = [r["score"] for r in chosen]
+        spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
+        peer = task.peers.get(method)
+        lines.append(
+            f"| {name} | {method} | {chosen[0]['trainable']:,} | {chosen[0]['bytes'] / 1e6:.1f} "
+            f"| {task.metric} | {statistics.mean(scores):.3f}{spread} ({len(scores)}) "
+            f"| {'' if peer is None else f'{peer:.3f}'} |"
+        )
+    for name in dict.fromkeys(row["task"] for row in rows):
+        if floor := TASKS[name].floor:
+            lines.append(f"| {name} | {floor[0]} | | | {TASKS[name].metric} | {floor[1]} | |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict], path: pathlib.Path) -> None:
+    """Each run a point, each method a column."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(row["task"] for row in rows))
+    figure, axes = plt.subplots(1, len(names), figsize=(6 * len(names), 4.5), squeeze=False)
+    for axis, name in zip(axes[0], names):
+        task, own = TASKS[name], [row for row in rows if row["task"] == name]
+        columns = {method: i for i, method in enumerate(dict.fromkeys(r["method"] for r in own))}
+        axis.scatter([columns[r["method"]] for r in own], [r["score"] for r in own], label="a seed")
+        peers = {method: score for method, score in task.peers.items() if method in columns}
+        if peers:
+            places = [columns[method] for method in peers]
+            axis.scatter(places, list(peers.values()), marker="x", label="PEFT, one seed")
+        if task.floor:
+            axis.axhline(task.floor[1], color="grey", linestyle=":", label=task.floor[0])
+        axis.set_xticks(range(len(columns)), list(columns), rotation=45, ha="right")
+        axis.set_title(f"{name}: {task.metric}{' (lower is better)' if task.is_loss else ''}")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    seeds = [int(seed) for seed in _SEEDS.value]
+    done = {key(row) for row in collect(seeds)}
+    for seed, task in itertools.product([] if _ONLY_REPORT.value else seeds, _TASKS.value):
+        for method in _METHODS.value or methods_of(task):
+            if (task, method, seed) not in done:
+                train(task, method, seed)
+    rows = collect(seeds)
+    if not rows:
+        raise app.UsageError(f"no run in {_RUNS.value} is finished")
+    with (HERE / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    (HERE / "results.md").write_text(table(rows))
+    plot(rows, HERE / "results.png")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    app.run(main)
