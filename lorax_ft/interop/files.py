@@ -14,7 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_ft import trees
-from lorax_ft.models.hugging_face import SUFFIXES, is_turned, split_layer
+from lorax_ft.models.hugging_face import (
+    SUFFIXES,
+    in_layer,
+    is_stacked,
+    is_turned,
+    split_layer,
+)
 from lorax_ft.models.model import Model, hugging_face_name, module_path
 from lorax_ft.models.tensor_files import new_directory
 
@@ -23,6 +29,7 @@ TASK_TYPES = {
     "sequence_classification": "SEQ_CLS",
     "token_classification": "TOKEN_CLS",
     "causal_lm": "CAUSAL_LM",
+    "seq2seq_lm": "SEQ_2_SEQ_LM",
     "masked_lm": None,
     "encoder": "FEATURE_EXTRACTION",
 }
@@ -103,8 +110,7 @@ def our_path(
         for kind in kinds:
             if f"{ours}/{kind}" in paths:
                 return f"{ours}/{kind}", layer
-            unrolled = f"layers_{layer}/{ours.removeprefix('layers/')}/{kind}"
-            if layer is not None and unrolled in paths:
+            if layer is not None and (unrolled := f"{in_layer(ours, layer)}/{kind}") in paths:
                 return unrolled, None
     known = [hugging_face_name(model, p, 0) for p in paths if _is_named(model, p)]
     raise ValueError(
@@ -128,7 +134,7 @@ def plain_tensors(
     tensors, biases = {}, "none"
     parameters = trees.flatten(params)
     for path in trees.select(parameters, trainable, field="trainable"):
-        depth = 1 if path.startswith("layers/") else 0
+        depth = 1 if is_stacked(path) else 0
         for index in np.ndindex(tuple(parameters[path].shape[:depth])):
             module = hugging_face_name(model, path, *index)
             kind, array = path.rsplit("/", 1)[1], np.asarray(parameters[path][index])

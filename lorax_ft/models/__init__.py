@@ -14,8 +14,10 @@ from lorax_ft.models.model import (
     hugging_face_name,
     module_path,
 )
+from lorax_ft.models.t5 import T5, T5Config, shift_right
 
 __all__ = [
+    "T5",
     "Bert",
     "BertConfig",
     "Cache",
@@ -27,6 +29,7 @@ __all__ = [
     "LlamaConfig",
     "Model",
     "RotaryConfig",
+    "T5Config",
     "build",
     "check_inputs",
     "fingerprint",
@@ -34,6 +37,7 @@ __all__ = [
     "load",
     "module_path",
     "save",
+    "shift_right",
     "stack_layers",
     "unstack_layers",
 ]

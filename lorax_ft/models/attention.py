@@ -1,4 +1,5 @@
-"""Self-attention, for a whole sequence at a time or after what is in a cache; rotary positions."""
+"""Attention to a sequence itself, whole or after what is in a cache, or to another one; rotary
+positions."""
 
 from __future__ import annotations
 
@@ -76,6 +77,7 @@ class Attention(nn.Module):
     softcap: float | None = None  # where given, products become softcap * tanh(product / softcap)
     dropout_rate: float = 0.0  # of the attention weights
     stddev: float = 0.02
+    query_stddev: float | None = None  # of the query's kernel; stddev where None
 
     @nn.compact
     def __call__(
@@ -85,6 +87,7 @@ class Attention(nn.Module):
         rotary: tuple[Array, Array] | None = None,
         past: tuple[Array, Array] | None = None,
         window: int | Array | None = None,
+        bias: Array | None = None,
     ) -> Array:
         """`[batch, length, d]` to the same.
 
@@ -95,6 +98,7 @@ class Attention(nn.Module):
             past: keys and values `[n, kv_heads * head_dim]` that stand before those of `x`; they
                 are kept in a cache like others, so that only the first call gives them.
             window: how many keys a query sees, itself among them; all where None.
+            bias: `[1 or batch, heads, length, keys]`, added to the products.
         """
         query, key, value = self._project(x)
         if self.norm_epsilon is not None:
@@ -116,7 +120,9 @@ class Attention(nn.Module):
                     "ComputeConfig.attention 'cudnn' knows no softcap, which this model has: "
                     "say 'xla'."
                 )
-            y = attend_fused(query, key, value, mask, self.is_causal, self.scale, window, first)
+            y = attend_fused(
+                query, key, value, mask, self.is_causal, self.scale, window, first, bias
+            )
         else:
             y = attend(
                 query,
@@ -130,6 +136,7 @@ class Attention(nn.Module):
                 softcap=self.softcap,
                 window=window,
                 first=first,
+                bias=bias,
             )
         use_bias = self.use_bias if self.use_output_bias is None else self.use_output_bias
         return self._dense(x.shape[-1], use_bias, "output")(y.reshape(*y.shape[:-2], -1))
@@ -167,7 +174,69 @@ class Attention(nn.Module):
         return held[0], held[1], start
 
     def _dense(self, features: int, use_bias: bool, name: str) -> Dense:
-        return Dense(features, self.compute, use_bias, self.stddev, name=name)
+        stddev = _stddev(name, self.stddev, self.query_stddev)
+        return Dense(features, self.compute, use_bias, stddev, name=name)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of a sequence to another one, such as what an encoder made.
+
+    Where the collection "cache" is mutable, the first call keeps the keys and values there, and
+    further ones may leave the other sequence out.
+    """
+
+    num_heads: int
+    head_dim: int
+    compute: ComputeConfig
+    scale: float | None = None  # of the products; 1 / sqrt(head_dim) where None
+    dropout_rate: float = 0.0  # of the attention weights
+    stddev: float = 0.02
+    query_stddev: float | None = None  # of the query's kernel; stddev where None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        memory: Array | None,
+        mask: Array | None,
+        past: tuple[Array, Array] | None = None,
+    ) -> Array:
+        """`[batch, length, d]` to the same.
+
+        Args:
+            x: what attends.
+            memory: `[batch, keys, d_memory]`, what is attended to; None where it is in the cache.
+            mask: `[batch, 1, 1, n + keys]`, True for seen keys.
+            past: keys and values `[n, heads * head_dim]` that stand before those of `memory`.
+        """
+        query = self._heads("query", x)
+        if memory is None:
+            key, value = self.get_variable("cache", "key"), self.get_variable("cache", "value")
+        else:
+            key, value = self._heads("key", memory), self._heads("value", memory)
+            if past is not None:
+                key, value = (_after(p, present) for p, present in zip(past, (key, value)))
+        if self.is_mutable_collection("cache") and not self.is_initializing():
+            self.put_variable("cache", "key", key)
+            self.put_variable("cache", "value", value)
+        has_dropout = self.dropout_rate > 0 and self.has_rng("dropout")
+        if self.compute.attention == "cudnn" and not has_dropout:
+            y = attend_fused(query, key, value, mask, False, self.scale)
+        else:
+            rng = self.make_rng("dropout") if has_dropout else None
+            y = attend(query, key, value, mask, False, self.dropout_rate, rng, scale=self.scale)
+        dense = Dense(x.shape[-1], self.compute, False, self.stddev, name="output")
+        return dense(y.reshape(*y.shape[:-2], -1))
+
+    def _heads(self, name: str, x: Array) -> Array:
+        """Queries, keys or values: `[batch, length, heads, head_dim]`."""
+        stddev = _stddev(name, self.stddev, self.query_stddev)
+        y = Dense(self.num_heads * self.head_dim, self.compute, False, stddev, name=name)(x)
+        return y.reshape(*y.shape[:-1], self.num_heads, self.head_dim)
+
+
+def _stddev(name: str, stddev: float, of_query: float | None) -> float:
+    return of_query if name == "query" and of_query is not None else stddev
 
 
 def _after(past: Array, present: Array) -> Array:
@@ -192,11 +261,13 @@ def attend(
     softcap: float | None = None,
     window: int | Array | None = None,
     first: int | Array | None = None,
+    bias: Array | None = None,
 ) -> Array:
     """Scaled dot-product attention by plain products, the softmax in float32.
 
     `query` is `[batch, length, heads, head_dim]`, `key` and `value` have fewer heads or as many.
-    The first query stands at key `first`; where None, the last one at the last key. It is
+    The first query stands at key `first`; where None, the last one at the last key. `bias`
+    `[1 or batch, heads, length, keys]` is added to the products. It is
     `jax.nn.dot_product_attention` with dropout of the attention weights and a softcap of the
     products beside, and gradients of bfloat16 that are not mixed products.
     """
@@ -212,6 +283,8 @@ def attend(
     scores = scores.reshape(batch, kv_heads, -1, length, key.shape[2])
     if softcap is not None:
         scores = softcapped(scores, softcap)
+    if bias is not None:
+        scores = scores + _by_kv_head(bias.astype(jnp.float32), kv_heads)
     lowest = jnp.finfo(jnp.float32).min
     if (seen := seen_keys(length, key.shape[2], is_causal, window, first)) is not None:
         scores = jnp.where(seen[None, None, None], scores, lowest)
@@ -226,6 +299,11 @@ def attend(
     return y.transpose(0, 2, 1, 3)
 
 
+def _by_kv_head(bias: Array, kv_heads: int) -> Array:
+    """`[batch, heads, length, keys]` as `[batch, kv_heads, heads of each, length, keys]`."""
+    return bias.reshape(bias.shape[0], kv_heads, -1, *bias.shape[2:])
+
+
 def attend_fused(
     query: Array,
     key: Array,
@@ -235,6 +313,7 @@ def attend_fused(
     scale: float | None = None,
     window: int | Array | None = None,
     first: int | Array | None = None,
+    bias: Array | None = None,
 ) -> Array:
     """Attention by cuDNN's fused kernel, which keeps no matrix of weights."""
     length, keys = query.shape[1], key.shape[1]
@@ -247,7 +326,14 @@ def attend_fused(
     if mask is not None:  # cuDNN does not broadcast it over queries
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, keys))
     return jax.nn.dot_product_attention(
-        query, key, value, mask=mask, is_causal=is_causal, scale=scale, implementation="cudnn"
+        query,
+        key,
+        value,
+        bias if bias is None else bias.astype(query.dtype),
+        mask,
+        is_causal=is_causal,
+        scale=scale,
+        implementation="cudnn",
     )
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_ft.leaves import is_leaf
-from lorax_ft.models.hugging_face import is_turned
+from lorax_ft.models.hugging_face import in_layer, is_stacked, is_turned
 from lorax_ft.models.layers import Array, PyTree
 from lorax_ft.models.matching import (
     Checkpoint,
@@ -27,6 +27,7 @@ from lorax_ft.models.matching import (
     named,
     new_parameters,
     tensor_names,
+    with_own_head,
 )
 from lorax_ft.models.model import Model, build
 from lorax_ft.models.tensor_files import (
@@ -97,6 +98,7 @@ def load(
     )
     with open_tensors(directory) as tensors:
         checkpoint = named(model, tensors)
+        model = with_own_head(model, checkpoint)
         paths = new_parameters(model, checkpoint, resized=num_labels is not None)
         check_complete(model, checkpoint, paths)
         new = _start(model, paths, key, directory)
@@ -178,9 +180,9 @@ def fingerprint(params: PyTree) -> str:
     lines = []
     for path, array in flatten_arrays(params).items():
         array = np.asarray(array)
-        stacked = path.startswith("layers/")
+        stacked = is_stacked(path)
         for i, part in enumerate(array if stacked else [array]):
-            name = f"layers_{i}/{path.removeprefix('layers/')}" if stacked else path
+            name = in_layer(path, i) if stacked else path
             content = hashlib.sha256(np.ascontiguousarray(part).tobytes()).hexdigest()
             lines.append(f"{name} {part.dtype} {list(part.shape)} {content}")
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()

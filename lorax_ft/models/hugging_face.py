@@ -15,7 +15,7 @@ Names = Mapping[str, str]
 # Hugging Face calls a kernel, an embedding table and a norm's scale all "weight".
 SUFFIXES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
-_UNROLLED = re.compile(r"layers_(\d+)/")
+_UNROLLED = re.compile(r"(?P<stack>^|.*/)layers_(?P<layer>\d+)/")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ class Tables:
     # What a checkpoint may hold beside these: buffers and heads of other tasks, and repetitions.
     foreign: tuple[str, ...] = ()
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)  # in any task's checkpoint
 
     # How names ended in older checkpoints.
     old_suffixes: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -44,7 +45,19 @@ class Tables:
 def split_layer(path: str) -> tuple[str, int | None]:
     """The path in stacked layers, and the layer: `"layers_3/mlp/up"` is `("layers/mlp/up", 3)`."""
     match = _UNROLLED.match(path)
-    return (path, None) if match is None else ("layers/" + path[match.end() :], int(match[1]))
+    if match is None:
+        return path, None
+    return f"{match['stack']}layers/{path[match.end() :]}", int(match["layer"])
+
+
+def is_stacked(path: str) -> bool:
+    """Whether a parameter holds all layers of a stack: `"layers/..."`, `"encoder/layers/..."`."""
+    return "layers" in path.split("/")
+
+
+def in_layer(path: str, layer: int) -> str:
+    """The inverse of `split_layer`: the path of one layer's own parameter."""
+    return re.sub(r"(^|/)layers/", rf"\1layers_{layer}/", path, count=1)
 
 
 def module_name(names: Names, path: str, layer: int | None = None) -> str:
@@ -62,7 +75,7 @@ def module_name(names: Names, path: str, layer: int | None = None) -> str:
             f"{', '.join(nearest(module, names))}."
         )
     layer = layer if own_layer is None else own_layer
-    if module.startswith("layers/") and layer is None:
+    if is_stacked(module) and layer is None:
         raise ValueError(f"{path!r} is a parameter of stacked layers: say which layer.")
     return names[module].format(layer=layer)
 

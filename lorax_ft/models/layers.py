@@ -300,7 +300,10 @@ def run_layers(
 
 def stack_layers(params: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """`layers_0`, `layers_1`, ... as one `layers`, stacked: what `scan_layers=True` reads."""
+    params = {n: stack_layers(v) if isinstance(v, Mapping) else v for n, v in params.items()}
     count = sum(name.startswith("layers_") for name in params)
+    if not count:
+        return params
     layers = [params[f"layers_{i}"] for i in range(count)]
     others = {name: value for name, value in params.items() if not name.startswith("layers_")}
     return {**others, "layers": jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)}
@@ -308,6 +311,9 @@ def stack_layers(params: Mapping[str, PyTree]) -> dict[str, PyTree]:
 
 def unstack_layers(params: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """The inverse of `stack_layers`: what `scan_layers=False` reads."""
+    params = {n: unstack_layers(v) if isinstance(v, Mapping) else v for n, v in params.items()}
+    if "layers" not in params:
+        return params
     count = jax.tree.leaves(params["layers"])[0].shape[0]
     layers = {
         f"layers_{i}": jax.tree.map(lambda array, i=i: array[i], params["layers"])

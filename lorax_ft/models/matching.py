@@ -12,6 +12,7 @@ import numpy as np
 
 from lorax_ft.models import hugging_face
 from lorax_ft.models.model import Model
+from lorax_ft.models.t5 import T5Config
 from lorax_ft.models.tensor_files import TensorFiles
 from lorax_ft.trees import flatten
 
@@ -46,7 +47,7 @@ class Checkpoint:
 def named(model: Model, tensors: TensorFiles) -> Checkpoint:
     """Renames tensors as the tables do: old endings, and the prefix that a bare model lacks."""
     tables = model.family.tables
-    whole = (*tables.names.values(), *tables.foreign, *tables.tied)
+    whole = (*tables.names.values(), *tables.foreign, *tables.tied, *tables.copies)
     known = (tables.prefix, *(name for name in whole if not name.startswith(tables.prefix)))
     file_names: dict[str, str] = {}
     for own, file in tensors.file_of.items():
@@ -59,15 +60,31 @@ def named(model: Model, tensors: TensorFiles) -> Checkpoint:
         if name in file_names:
             raise ValueError(f"{file}: {own!r} and {file_names[name]!r} are both {name!r}.")
         file_names[name] = own
-    for repetition, name in tables.tied.items():
+    for repetition, name in {**tables.copies, **tables.tied}.items():
         if repetition in file_names and name not in file_names:
             file_names[name] = file_names.pop(repetition)
     return Checkpoint(tensors=tensors, file_names=file_names)
 
 
+def with_own_head(model: Model, checkpoint: Checkpoint) -> Model:
+    """The model, its head untied from the word table where the checkpoint has one that differs.
+
+    So transformers 5 reads a T5, for it writes `tie_word_embeddings` as true whatever there is.
+    """
+    head, table = "lm_head.weight", "shared.weight"
+    if not isinstance(model.config, T5Config) or model.task != "seq2seq_lm":
+        return model
+    if not {head, table} <= set(checkpoint.file_names):
+        return model
+    if np.array_equal(checkpoint.read(head), checkpoint.read(table)):
+        return model
+    config = dataclasses.replace(model.config, tie_word_embeddings=False)
+    return dataclasses.replace(model, config=config)
+
+
 def tensor_names(model: Model, path: str, shape: tuple[int, ...]) -> dict[int | None, str]:
     """The tensors that make up a parameter, by layer; by None where it is not stacked."""
-    layers = range(shape[0]) if path.startswith("layers/") else (None,)
+    layers = range(shape[0]) if hugging_face.is_stacked(path) else (None,)
     names = model.family.tables.names
     return {layer: hugging_face.tensor_name(names, path, layer) for layer in layers}
 
@@ -130,14 +147,22 @@ def check_complete(model: Model, checkpoint: Checkpoint, new: list[str]) -> None
 def _check_left_over(model: Model, checkpoint: Checkpoint, names: set[str]) -> None:
     """Raises ValueError for a tensor that is no buffer, other task's head or true repetition."""
     tables = model.family.tables
+    own = {hugging_face.split_layer(p)[0].rpartition("/")[0] for p in flatten(model.shapes())}
+    repetitions = dict(tables.copies)
+    if model.task in ("masked_lm", "causal_lm", "seq2seq_lm"):
+        repetitions.update(tables.tied)
     unknown, unread = [], []
     for name in sorted(names):
-        module = hugging_face.module_path(tables.names, name.rpartition(".")[0])
-        if name in tables.tied and model.task in ("masked_lm", "causal_lm"):
-            _check_repetition(checkpoint, name, tables.tied[name])
+        module, layer = hugging_face.module_path(tables.names, name.rpartition(".")[0]) or (
+            "",
+            None,
+        )
+        is_surplus = layer is not None and module in own  # a layer more than the model has
+        if name in repetitions:
+            _check_repetition(checkpoint, name, repetitions[name])
         elif (
             name in tables.tied
-            or (module is not None and module[0].partition("/")[0] in tables.heads)
+            or (module.partition("/")[0] in tables.heads and not is_surplus)
             or any(hugging_face.match_name(template, name) for template in tables.foreign)
         ):
             unread.append(name)

@@ -12,15 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lorax_ft.models import decoders, encoders, gpt2, hugging_face
+from lorax_ft.models import decoders, encoders, gpt2, hugging_face, t5
 from lorax_ft.models.bert import Bert, BertConfig
 from lorax_ft.models.gpt2 import Gpt2, Gpt2Config
 from lorax_ft.models.layers import Array, ComputeConfig, PyTree
 from lorax_ft.models.llama import Llama, LlamaConfig
+from lorax_ft.models.t5 import T5, T5Config
 from lorax_ft.models.virtual import Virtual, split_virtual
 from lorax_ft.trees import nearest
 
-ModelConfig = BertConfig | Gpt2Config | LlamaConfig
+ModelConfig = BertConfig | Gpt2Config | LlamaConfig | T5Config
 
 # What a model reads of a batch, in the order of its module's arguments, and what a batch may hold
 # beside it for the loss.
@@ -28,6 +29,7 @@ INPUTS: Mapping[type, tuple[str, ...]] = {
     BertConfig: ("input_ids", "attention_mask", "token_type_ids", "position_ids"),
     Gpt2Config: ("input_ids", "attention_mask", "position_ids"),
     LlamaConfig: ("input_ids", "attention_mask", "position_ids"),
+    T5Config: ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"),
 }
 TARGETS = ("labels", "weights", "loss_mask")
 
@@ -51,6 +53,7 @@ FAMILIES: Mapping[str, Family] = {  # by config.json's model_type
         model_type: Family(config=LlamaConfig, module=Llama, tables=variant.tables)
         for model_type, variant in decoders.VARIANTS.items()
     },
+    "t5": Family(config=T5Config, module=T5, tables=t5.TABLES),
 }
 
 
@@ -97,7 +100,10 @@ class Model:
 
     @property
     def family(self) -> Family:
-        return FAMILIES[self.config.model_type]
+        family = FAMILIES[self.config.model_type]
+        if isinstance(self.config, T5Config):  # what its parts are called depends on what it has
+            return dataclasses.replace(family, tables=self.config.tables)
+        return family
 
     @property
     def embedding_scale(self) -> float:
@@ -114,7 +120,9 @@ class Model:
         Args:
             params: as `init` gives them; a prompt or a prefix may be beside.
             inputs: `input_ids` `[batch, length]`, and where wanted `attention_mask` (1 for a
-                token), `position_ids`, `token_type_ids`; entries for the loss are left unread.
+                token), `position_ids`, `token_type_ids`; an encoder-decoder also needs
+                `decoder_input_ids` `[batch, target length]`, which `decoder_attention_mask` may go
+                with. Entries for the loss are left unread.
             key: for dropout; without it there is none.
 
         Raises ValueError for an entry that is not known and for a sequence longer than the
@@ -189,6 +197,11 @@ class Model:
         _check_length(self.config, inputs["input_ids"].shape[1], before)
         return tuple(map(inputs.get, names))
 
+    def input_shapes(self, length: int = 8) -> dict[str, jax.ShapeDtypeStruct]:
+        """The inputs that the model cannot do without, for one text of that length."""
+        names = ["input_ids", *(["decoder_input_ids"] if self.task == "seq2seq_lm" else [])]
+        return dict.fromkeys(names, jax.ShapeDtypeStruct((1, length), jnp.int32))
+
     def init(self, key: Array) -> PyTree:
         """Random parameters, by the config's `initializer_range`."""
         return _init(self, key)
@@ -210,8 +223,8 @@ def build(
 
     Args:
         config: what the model is.
-        task: "encoder", "sequence_classification", "token_classification", "masked_lm" or
-            "causal_lm"; where None, what the config.json says.
+        task: "encoder", "sequence_classification", "token_classification", "masked_lm",
+            "causal_lm" or "seq2seq_lm"; where None, what the config.json says.
         num_labels: how many classes the head tells apart, where not as many as the config says.
         ignore_fields: fields of config.json that are not known here and change nothing.
         **overrides: fields of `ComputeConfig` (dtype, scan_layers, remat, ...) or of the model's
@@ -235,8 +248,11 @@ def build(
             f"{name!r} is a field neither of ComputeConfig nor of {type(own).__name__}. "
             f"Nearest: {', '.join(nearest(name, known))}."
         )
-    if num_labels is not None and num_labels != len(own.label_names):
-        overrides["label_names"] = tuple(f"LABEL_{i}" for i in range(num_labels))
+    if num_labels is not None:
+        if isinstance(own, T5Config):
+            raise ValueError(f"num_labels = {num_labels}: a T5Config has no classes to tell apart.")
+        if num_labels != len(own.label_names):
+            overrides["label_names"] = tuple(f"LABEL_{i}" for i in range(num_labels))
     own = dataclasses.replace(own, **overrides)
     return Model(config=own, task=task, compute=compute)
 
@@ -258,7 +274,9 @@ def check_inputs(config: ModelConfig, batch: Mapping[str, Any]) -> None:
     """
     _check_length(config, np.shape(batch["input_ids"])[1])
     limits = {"input_ids": ("vocab_size", config.vocab_size)}
-    limits["position_ids"] = ("max_position_embeddings", config.max_length)
+    limits["decoder_input_ids"] = limits["input_ids"]
+    if config.max_length is not None:
+        limits["position_ids"] = ("max_position_embeddings", config.max_length)
     if isinstance(config, BertConfig):
         limits["token_type_ids"] = ("type_vocab_size", config.type_vocab_size)
         limits["position_ids"] = ("max_position_embeddings", config.max_position_embeddings)
@@ -277,7 +295,11 @@ def check_inputs(config: ModelConfig, batch: Mapping[str, Any]) -> None:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _init(model: Model, key: Array) -> PyTree:
-    return model.module.init({"params": key}, jnp.zeros((1, 2), jnp.int32))["params"]
+    shapes = model.input_shapes(2)
+    inputs = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
+    return model.module.init({"params": key}, *map(inputs.get, INPUTS[type(model.config)]))[
+        "params"
+    ]
 
 
 @functools.lru_cache(maxsize=16)
@@ -286,7 +308,7 @@ def _shapes(model: Model) -> PyTree:
 
 
 def _check_length(config: ModelConfig, length: int, before: int = 0) -> None:
-    if length + before > config.max_length:
+    if config.max_length is not None and length + before > config.max_length:
         virtual = f" and stand behind {before} trained vectors" if before else ""
         raise ValueError(
             f"The sequences are {length} tokens long{virtual}, but the model has positions for "

@@ -14,13 +14,21 @@ import jax.numpy as jnp
 
 from lorax_ft.models.layers import Array
 
+# Where an encoder-decoder's layers may have prefixes: each has its own below `prefix`.
+PLACES = ("encoder", "decoder", "cross")
+
 
 @dataclasses.dataclass(frozen=True)
 class Virtual:
-    """What stands before the real tokens: any of the two may be None."""
+    """What stands before the real tokens: any of it may be None."""
 
     prompt: Array | None = None  # [n, d]
     prefix: tuple[Array, Array] | None = None  # keys and values [layers, n, kv_heads * head_dim]
+
+    # Of an encoder-decoder, whose encoder has the two above: before what the decoder's layers
+    # attend to, of their own sequence and of the encoder's.
+    decoder_prefix: tuple[Array, Array] | None = None
+    cross_prefix: tuple[Array, Array] | None = None
 
     @property
     def prompt_length(self) -> int:
@@ -34,15 +42,16 @@ class Virtual:
 def split_virtual(params: Mapping[str, Any]) -> tuple[dict[str, Any], Virtual]:
     """(the model's own parameters, what stands before the real tokens)."""
     own = {name: value for name, value in params.items() if name not in ("prompt", "prefix")}
-    prompt = prefix = None
-    if "prompt" in params:
-        prompt = _net(params["prompt"], jax.nn.relu)
-    if "prefix" in params:
-        prefix = _prefix(params["prefix"])
-    return own, Virtual(prompt, prefix)
+    prompt = _net(params["prompt"], jax.nn.relu) if "prompt" in params else None
+    prefix = params.get("prefix")
+    if prefix is None or not set(prefix) & set(PLACES):
+        return own, Virtual(prompt, _prefix(prefix))
+    return own, Virtual(prompt, *(_prefix(prefix.get(place)) for place in PLACES))
 
 
-def _prefix(subtree: Mapping[str, Any]) -> tuple[Array, Array]:
+def _prefix(subtree: Mapping[str, Any] | None) -> tuple[Array, Array] | None:
+    if subtree is None:
+        return None
     if "key" in subtree:
         return subtree["key"], subtree["value"]
     flat = _net(subtree, jnp.tanh)  # [n, 2 * layers * width]: layer by layer, keys before values

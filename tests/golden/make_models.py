@@ -71,6 +71,18 @@ GEMMA2 = {
     "attn_logit_softcapping": 2.0,  # small, so that they bend
     "final_logit_softcapping": 5.0,
 }
+T5 = {
+    "vocab_size": 60,
+    "d_model": 32,
+    "d_kv": 6,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "decoder_start_token_id": 0,
+}
 CASES = {
     "bert_masked_lm": (
         transformers.BertForMaskedLM,
@@ -162,7 +174,14 @@ CASES = {
         transformers.Gemma2ForSequenceClassification,
         transformers.Gemma2Config(**LLAMA, **GEMMA2, num_labels=3),
     ),
+    "t5_seq2seq_lm": (transformers.T5ForConditionalGeneration, transformers.T5Config(**T5)),
+    "t5_gated_seq2seq_lm": (
+        transformers.T5ForConditionalGeneration,
+        transformers.T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    ),
+    "t5_encoder": (transformers.T5EncoderModel, transformers.T5Config(**T5)),
 }
+UNTIED = ("t5_gated_seq2seq_lm",)  # transformers 5 ties every T5 that it builds
 
 
 def randomise(model: torch.nn.Module) -> None:
@@ -177,7 +196,8 @@ def randomise(model: torch.nn.Module) -> None:
 def inputs(config: transformers.PretrainedConfig) -> dict[str, dict[str, np.ndarray]]:
     """Three sequences of 20: unpadded, padded on the right, padded on the left with positions.
 
-    RoBERTa also has its own positions of what is padded on the left, which "left" leaves to it.
+    RoBERTa also has its own positions of what is padded on the left, which "left" leaves to it. T5
+    has no positions, and reads as many tokens of three targets of 9, padded on the same side.
     """
     rng = np.random.default_rng(0)
     ids = rng.integers(1, config.vocab_size, (3, 20))
@@ -200,6 +220,16 @@ def inputs(config: transformers.PretrainedConfig) -> dict[str, dict[str, np.ndar
     if config.model_type == "roberta":
         sets["placed"] = sets["left"]
         sets["left"] = {k: v for k, v in sets["left"].items() if k != "position_ids"}
+    if config.model_type == "t5":
+        targets = rng.integers(1, config.vocab_size, (3, 9))
+        ends = np.array([9, 3, 6])[:, None]
+        for which, entries in sets.items():
+            entries.pop("position_ids", None)
+            if config.is_encoder_decoder:
+                seen = np.arange(9)[None] < (ends * 0 + 9 if which == "full" else ends)
+                seen = seen[:, ::-1] if which == "left" else seen
+                entries["decoder_input_ids"] = np.where(seen, targets, pad)
+                entries["decoder_attention_mask"] = seen.astype(np.int64)
     return sets
 
 
@@ -207,6 +237,8 @@ def inputs(config: transformers.PretrainedConfig) -> dict[str, dict[str, np.ndar
 def make_case(name: str, model_class: type, config: transformers.PretrainedConfig) -> None:
     config._attn_implementation = "eager"
     model = model_class(config).eval()
+    if name in UNTIED:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     randomise(model)
     model.save_pretrained(OUT / name)
     sets, arrays = inputs(config), {}
@@ -215,7 +247,8 @@ def make_case(name: str, model_class: type, config: transformers.PretrainedConfi
     for which, entries in sets.items():
         if which == "long":
             model.config.sliding_window = 64
-        logits = model(**{key: torch.from_numpy(value) for key, value in entries.items()}).logits
+        output = model(**{key: torch.tensor(value) for key, value in entries.items()})
+        logits = output.logits if "logits" in output else output.last_hidden_state
         arrays |= {f"{which}.{key}": value.astype(np.int32) for key, value in entries.items()}
         arrays[f"{which}.logits"] = logits.numpy()
     np.savez_compressed(OUT / name / "io.npz", **arrays)
