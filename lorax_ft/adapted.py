@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lorax_ft import inspection, methods, training, trees
 from lorax_ft.config import ExperimentConfig
@@ -57,8 +56,8 @@ def load_adapted(config: ExperimentConfig, task: str, label_names: tuple[str, ..
             model, config=dataclasses.replace(model.config, label_names=label_names)
         )
     base = hub.fingerprint(params)
-    inputs = {"input_ids": jax.ShapeDtypeStruct((1, 8), jnp.int32)}
-    uses = _with_whole_classifier(inspection.inspect(model.apply, params, inputs), model)
+    uses = inspection.inspect(model.apply, params, model.input_shapes())
+    uses = _with_whole_classifier(uses, model)
     chosen = [_prepared(section, config, model) for section in config.methods]
     params, trainable = methods.add_methods(params, chosen, method_key, uses, quantization)
     if quantization is not None:

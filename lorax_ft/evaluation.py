@@ -136,6 +136,7 @@ METRICS: dict[str, Callable[..., dict[str, float]]] = {
     "token_classification": classification_metrics,
     "masked_lm": language_model_metrics,
     "causal_lm": language_model_metrics,
+    "seq2seq_lm": language_model_metrics,
 }
 
 

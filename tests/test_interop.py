@@ -30,7 +30,11 @@ CASES = [
         "ptuning",
         "prefix_projection",
     )
-] + [(name, adapter) for name in ("llama_gqa", "gpt2") for adapter in ("lora", "lora_all_linear")]
+] + [
+    (name, adapter)
+    for name in ("llama_gqa", "gpt2", "t5")
+    for adapter in ("lora", "lora_all_linear")
+]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +85,7 @@ TRAININGS = [
         "prompt",
         "prefix",
     )
-] + ["llama_gqa/train/lora", "gpt2/train/lora"]
+] + ["llama_gqa/train/lora", "gpt2/train/lora", "t5/train/lora"]
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])

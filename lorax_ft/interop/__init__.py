@@ -12,7 +12,7 @@ import pathlib
 from typing import Any
 
 from lorax_ft import trees
-from lorax_ft.interop import files, ia3, lora, prompts
+from lorax_ft.interop import files, ia3, lora, prompts, seq2seq
 from lorax_ft.leaves import Leaf
 from lorax_ft.methods import IA3, DoRA, IA3Bias, LoRA
 from lorax_ft.models import Model
@@ -94,6 +94,7 @@ def can_save(params: Any) -> bool:
 
 def _kind(params: Any) -> str | None:
     """PEFT's name of the one method that the params hold; None where they hold none."""
+    seq2seq.check_prefix(params)
     kinds = {"PROMPT_TUNING"} if "prompt" in params else set()
     kinds |= {"PREFIX_TUNING"} if "prefix" in params else set()
     for path, value in trees.flatten(params).items():

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_ft import trees
-from lorax_ft.interop import files
+from lorax_ft.interop import files, seq2seq
 from lorax_ft.models.model import Model
 from lorax_ft.models.virtual import split_virtual
 
@@ -44,27 +44,34 @@ def to_peft(
         if not path.startswith(("prompt/", "prefix/"))
     ]
     saved, biases = files.plain_tensors(model, own, [re.escape(path) for path in chosen])
-    if virtual.prefix is not None:
+    is_prefix = "prefix" in params
+    if is_prefix and seq2seq.is_seq2seq(model):
+        vectors, layers = seq2seq.prefix_rows(params, model.config), model.config.num_hidden_layers
+        width = vectors.shape[1] // (2 * layers)
+    elif virtual.prefix is not None:
         pieces = np.stack([np.asarray(piece) for piece in virtual.prefix], axis=1)
         layers, _, length, width = pieces.shape  # [layers, keys or values, n, width]
         vectors = pieces.transpose(2, 0, 1, 3).reshape(length, -1)
     else:
         vectors = np.asarray(virtual.prompt)
         layers, width = model.config.num_hidden_layers, vectors.shape[1]
+    length = vectors.shape[0]
+    if not is_prefix and seq2seq.is_seq2seq(model):
+        vectors = seq2seq.prompt_rows(vectors, params["prompt"])
     heads = model.config.num_attention_heads
-    if virtual.prefix is not None:
+    if is_prefix:
         heads = getattr(model.config, "kv_heads", heads)
     config = {
         "modules_to_save": files.modules_of(saved, biases),
         "num_attention_heads": heads,
         "num_layers": layers,
-        "num_transformer_submodules": 1,
-        "num_virtual_tokens": vectors.shape[0],
+        "num_transformer_submodules": 2 if seq2seq.is_seq2seq(model) else 1,
+        "num_virtual_tokens": length,
         "token_dim": width,
     }
     config |= (
         {"prefix_projection": False, "encoder_hidden_size": width}
-        if virtual.prefix is not None
+        if is_prefix
         else {"prompt_tuning_init": "RANDOM"}
     )
     return config, {TENSOR: vectors, **{PREFIX + name: tensor for name, tensor in saved.items()}}
@@ -85,19 +92,25 @@ def from_peft(
             files.add_plain(plain, key, name, tensor, model, paths)
     params, trained = files.fill(params, plain)
     vectors, length = tensors[TENSOR], int(config["num_virtual_tokens"])
-    if vectors.shape[0] != length:
+    is_prefix = config["peft_type"] == "PREFIX_TUNING"
+    halves = 1
+    if seq2seq.is_seq2seq(model) and not is_prefix:
+        halves = config.get("num_transformer_submodules") or 2
+    if vectors.shape[0] != halves * length:
         raise ValueError(
-            f"load_peft: {TENSOR} has {vectors.shape[0]} rows, but num_virtual_tokens is {length}."
+            f"load_peft: {TENSOR} has {vectors.shape[0]} rows, but num_virtual_tokens is {length}"
+            + (f", for {halves} halves." if halves > 1 else ".")
         )
-    if config["peft_type"] == "PREFIX_TUNING":
-        return _with_prefix(vectors, model, params), (*trained, "prefix/.*")
+    if is_prefix:
+        return _with_prefix(vectors, model, params), (*trained, r"prefix/(?!unread$).*")
     d = model.config.hidden_size
     if vectors.shape[1] != d:
         raise ValueError(
             f"load_peft: {TENSOR} has {vectors.shape[1]} numbers a row, but the model's word "
             f"vectors have {d}. Is this the adapter's base model?"
         )
-    return {**params, "prompt": {"embedding": jnp.asarray(vectors)}}, (*trained, "prompt/.*")
+    prompt = seq2seq.split_prompt(vectors, length)
+    return {**params, "prompt": prompt}, (*trained, r"prompt/(?!unread$).*")
 
 
 def _with_prefix(vectors: np.ndarray, model: Model, params: Any) -> Any:
@@ -111,6 +124,8 @@ def _with_prefix(vectors: np.ndarray, model: Model, params: Any) -> Any:
             f"{layers} layers of {width} have {2 * layers * width}. Is this the adapter's base "
             "model?"
         )
+    if seq2seq.is_seq2seq(model):
+        return {**params, "prefix": seq2seq.split_prefix(vectors, config)}
     pieces = vectors.reshape(length, layers, 2, width).transpose(1, 2, 0, 3)
     prefix = {"key": jnp.asarray(pieces[:, 0]), "value": jnp.asarray(pieces[:, 1])}
     return {**params, "prefix": prefix}

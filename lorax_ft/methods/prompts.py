@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from lorax_ft import trees
 from lorax_ft.leaves import is_leaf
-from lorax_ft.methods.targets import Uses
+from lorax_ft.methods.targets import Uses, key_of
 
 Array = jax.Array
 STARTS = ("random", "vocabulary", "ids")
@@ -62,11 +62,16 @@ class PTuningConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefixConfig:
-    """Keys and values before those of every layer."""
+    """Keys and values before those of every layer.
+
+    PEFT has a prefix for a T5 too, which its layers share in pairs and half of which nothing reads;
+    here each layer has its own, in both halves and where the decoder attends to the encoder.
+    """
 
     length: int = 20
     projection: int | None = None  # width of the net (tanh) that makes them; None: trained as such
     stddev: float = 0.02
+    places: tuple[str, ...] = ()  # of an encoder-decoder: encoder, decoder, cross; (): all of them
     modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -111,23 +116,40 @@ def add_prefix(
     params: Any, config: PrefixConfig, key: Array, uses: Uses = None, quantization: Any = None
 ) -> Any:
     """Adds `prefix/key` and `prefix/value` [layers, length, kv_heads * head_dim], or a net for
-    them."""
+    them.
+
+    An encoder-decoder has three of these, at `prefix/encoder`, `prefix/decoder` and, before what
+    the decoder sees of the encoder, `prefix/cross`. Raises ValueError for a place that the model
+    does not have.
+    """
     del quantization
-    layers, width = _keys_of(params)
+    sizes = _keys_of(params)
+    if unknown := sorted(set(config.places) - set(sizes)):
+        known = ", ".join(filter(None, sizes)) or "one place alone, which has no name"
+        raise ValueError(f"PrefixConfig.places: {unknown} are not there; the model has {known}.")
+    if "" in sizes:
+        return _with_subtree(params, "prefix", _prefix(config, key, *sizes[""]))
+    subtree = {
+        place: _prefix(config, key_of(key, place), *size)
+        for place, size in sizes.items()
+        if place in config.places or not config.places
+    }
+    return _with_subtree(params, "prefix", subtree)
+
+
+def _prefix(config: PrefixConfig, key: Array, layers: int, width: int) -> dict[str, Any]:
     keys = jax.random.split(key, 3)
     if config.projection is None:
         shape = (layers, config.length, width)
-        subtree: dict[str, Any] = {
+        return {
             name: jax.random.normal(k, shape) * config.stddev
             for name, k in zip(("key", "value"), keys)
         }
-    else:
-        subtree = {
-            "embedding": jax.random.normal(keys[0], (config.length, width)) * config.stddev,
-            "net_0": _layer(keys[1], width, config.projection),
-            "net_1": _layer(keys[2], config.projection, 2 * layers * width),
-        }
-    return _with_subtree(params, "prefix", subtree)
+    return {
+        "embedding": jax.random.normal(keys[0], (config.length, width)) * config.stddev,
+        "net_0": _layer(keys[1], width, config.projection),
+        "net_1": _layer(keys[2], config.projection, 2 * layers * width),
+    }
 
 
 def prompt_arrays(params: Any, config: Any, uses: Uses = None) -> list[str]:
@@ -157,19 +179,27 @@ def _word_table(params: Any, uses: Uses) -> str:
     return max(words or tables, key=lambda path: parameters[path].shape[0])
 
 
-def _keys_of(params: Any) -> tuple[int, int]:
-    """(layers, kv_heads * head_dim), read off the kernels that make keys."""
-    found = {
-        path: value
-        for path, value in trees.flatten(params).items()
-        if re.fullmatch(r"(.*/)?layers(_\d+)?/attention/(key|qkv)/kernel", path)
-    }
-    if not found:
+def _keys_of(params: Any) -> dict[str, tuple[int, int]]:
+    """(layers, kv_heads * head_dim) by place, read off the kernels that make keys.
+
+    A place is the stack that the layers are in, "" where there is one stack alone, or "cross".
+    """
+    sizes: dict[str, tuple[int, int]] = {}
+    for path, kernel in trees.flatten(params).items():
+        if not (match := _KEYS.fullmatch(path)):
+            continue
+        place = "cross" if match["cross"] else (match["stack"] or "").rstrip("/")
+        width = kernel.shape[-1] // (3 if match["kind"] == "qkv" else 1)
+        layers, _ = sizes.get(place, (0, width))
+        sizes[place] = (layers + 1 if match["layer"] else kernel.shape[0], width)
+    if not sizes:
         raise ValueError("a prefix stands before a layer's keys, but the model names none of them.")
-    path, kernel = next(iter(found.items()))
-    width = kernel.shape[-1] // (3 if "/qkv/" in path else 1)
-    layers = len(found) if re.search(r"layers_\d", path) else kernel.shape[0]
-    return layers, width
+    return sizes
+
+
+_KEYS = re.compile(
+    r"(?P<stack>.*/)?layers(?P<layer>_\d+)?/(?P<cross>cross_)?attention/(?P<kind>key|qkv)/kernel"
+)
 
 
 def _layer(key: Array, d_in: int, d_out: int) -> dict[str, Array]:

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 
 from lorax_ft import trees
 from lorax_ft.leaves import is_leaf
-from lorax_ft.methods.targets import Targets, Uses, layer_number, modules, named, norms
+from lorax_ft.methods.targets import (
+    Targets,
+    Uses,
+    layer_number,
+    modules,
+    named,
+    norms,
+    stack_name,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +60,8 @@ class NormConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TopLayersConfig:
-    """Trains the last layers whole. They must be unrolled: a stacked array is trained or frozen
-    whole."""
+    """Trains the last layers whole, of an encoder-decoder those of both halves. They must be
+    unrolled: a stacked array is trained or frozen whole."""
 
     count: int = 1
     modules_to_save: tuple[str, ...] = ()
@@ -103,14 +111,19 @@ def norm_arrays(params: Any, config: NormConfig, uses: Uses = None) -> list[str]
 def top_layers(params: Any, config: TopLayersConfig, uses: Uses = None) -> list[str]:
     """Paths of everything in the last layers. Raises ValueError where the layers are stacked."""
     parameters = trees.flatten(params)
-    numbers = {path: layer_number(path) for path in parameters}
-    layers = sorted({number for number in numbers.values() if number is not None})
-    if len(layers) < config.count:
+    layers: dict[str, set[int]] = {}  # by what is above them: an encoder-decoder has two stacks
+    for path in parameters:
+        if (number := layer_number(path)) is not None:
+            layers.setdefault(stack_name(path), set()).add(number)
+    fewest = min(map(len, layers.values()), default=0)
+    if fewest < config.count:
         raise ValueError(
-            f"TopLayersConfig.count is {config.count}, but only {len(layers)} layers have "
+            f"TopLayersConfig.count is {config.count}, but only {fewest} layers have "
             "parameters of their own. Stacked layers are trained together: set scan_layers=False."
         )
-    last = layers[-config.count :]
+    last = {stack: sorted(numbers)[-config.count :] for stack, numbers in layers.items()}
     return [
-        path for path, value in parameters.items() if numbers[path] in last and not is_leaf(value)
+        path
+        for path, value in parameters.items()
+        if layer_number(path) in last.get(stack_name(path), ()) and not is_leaf(value)
     ]

@@ -140,8 +140,17 @@ def layer_path(path: str, index: Sequence[int]) -> str:
 
 def layer_number(path: str) -> int | None:
     """The layer that a per-layer path belongs to: 3 for `layers_3/...` or `blocks/3/...`."""
-    found = re.search(r"(?:^|/)[A-Za-z]+[_/](\d+)(?:/|$)", path)
+    found = _LAYER.search(path)
     return int(found.group(1)) if found else None
+
+
+def stack_name(path: str) -> str:
+    """What stands before the layer in a per-layer path: "encoder" for `encoder/layers_3/...`."""
+    found = _LAYER.search(path)
+    return path[: found.start()] if found else ""
+
+
+_LAYER = re.compile(r"(?:^|/)[A-Za-z]+[_/](\d+)(?:/|$)")
 
 
 def pattern_value(path: str, pattern: Mapping[str, Any], default: Any) -> Any:

@@ -168,6 +168,14 @@ class T5Config:
         return dataclasses.replace(TABLES, names=names)
 
     @property
+    def kv_heads(self) -> int:
+        return self.num_attention_heads
+
+    @property
+    def size_of_head(self) -> int:
+        return self.head_dim
+
+    @property
     def max_length(self) -> None:
         """Positions are relative: they end nowhere."""
         return None

@@ -37,7 +37,8 @@ def classify_sequence(logits: Array, batch: Batch) -> tuple[Array, Array, dict[s
 def classify_tokens(logits: Array, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
     """Cross-entropy at each token that has a label, of `[batch, length]` labels.
 
-    Logits are `[batch, length, classes]`. Serves token classification and masked language models.
+    Logits are `[batch, length, classes]`. Serves token classification, masked language models, and
+    encoder-decoders, whose logits at a place are of the label there.
     Returns as `classify_sequence` does, the predictions being `[batch, length]`.
     """
     return _cross_entropy(logits, batch["labels"], batch)
@@ -63,6 +64,7 @@ OBJECTIVES: dict[str, Objective] = {
     "token_classification": classify_tokens,
     "masked_lm": classify_tokens,
     "causal_lm": predict_next_token,
+    "seq2seq_lm": classify_tokens,
 }
 
 

@@ -26,6 +26,7 @@ from lorax_ft.lift import lift
 from lorax_ft.methods import merge
 from lorax_ft.models import hub
 from lorax_ft.models.model import INPUTS, module_path
+from lorax_ft.models.t5 import T5Config, shift_right
 from lorax_ft.training.objectives import OBJECTIVES
 from lorax_ft.training.optimizers import OptimizerConfig, build_optimizer
 from lorax_ft.training.step import make_train_step
@@ -169,7 +170,14 @@ def train(model: Any, params: Any, trained: Any, batch: Any, case: dict[str, Any
         last = jax.tree.map(jnp.copy, half)
         half, state, metrics = step(half, state, frozen, batch, jax.random.key(0))
         history.append((float(metrics["loss"]), float(metrics["gradient_norm"])))
-    return trees.combine(last, frozen), history, trees.combine(gradient, frozen)
+    return trees.combine(last, frozen), history, trees.combine(gradient, _untrained(frozen))
+
+
+def _untrained(frozen: Any) -> Any:
+    """What PEFT has gradients of zero for: the parts of its prompts that nothing reads."""
+    return trees.map_with_path(
+        lambda path, value: jnp.zeros_like(value) if path.endswith("/unread") else value, frozen
+    )
 
 
 CHECKS = {"base": check_base, "adapter": check_adapter, "train": check_training}
@@ -190,7 +198,12 @@ def run(model: Any, params: Any, batch: Any) -> np.ndarray:
 def batch_of(io: Any, model: Any, name: str, labels: bool = False) -> dict[str, Any]:
     wanted = (*INPUTS[type(model.config)], *(("labels",) if labels else ()))
     keys = [key for key in wanted if f"{name}.{key}" in io]
-    return {key: jnp.asarray(io[f"{name}.{key}"], jnp.int32) for key in keys}
+    batch = {key: jnp.asarray(io[f"{name}.{key}"], jnp.int32) for key in keys}
+    if isinstance(model.config, T5Config) and "decoder_input_ids" not in batch:
+        given = jnp.asarray(io[f"{name}.labels"], jnp.int32)
+        start, padding = model.config.decoder_start_token_id, model.config.pad_token_id or 0
+        batch["decoder_input_ids"] = shift_right(given, start, padding)
+    return batch
 
 
 def share(got: np.ndarray, want: np.ndarray, batch: Any, case: dict[str, Any]) -> float:
@@ -198,8 +211,9 @@ def share(got: np.ndarray, want: np.ndarray, batch: Any, case: dict[str, Any]) -
     if got.shape != want.shape:
         raise ValueError(f"logits are {got.shape}, recorded were {want.shape}")
     difference = np.abs(got - want) / (case["atol"] + case["rtol"] * np.abs(want))
-    if got.ndim == 3 and "attention_mask" in batch:
-        difference = difference[np.asarray(batch["attention_mask"]) == 1]
+    half = "decoder_" if "decoder_input_ids" in batch else ""
+    if got.ndim == 3 and f"{half}attention_mask" in batch:
+        difference = difference[np.asarray(batch[f"{half}attention_mask"]) == 1]
     return float(difference.max())
 
 
