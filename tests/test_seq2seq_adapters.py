@@ -13,6 +13,7 @@ from lorax_ft.interop import load_peft, save_peft
 from lorax_ft.models import hub
 from tests.golden import check
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "t5"
 CASES = check.cases_of(GOLDEN)
 ADAPTERS = [name for name, case in CASES.items() if case["type"] == "adapter"]
