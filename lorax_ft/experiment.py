@@ -53,7 +53,12 @@ def prepare(config: ExperimentConfig) -> Experiment:
     dataset = load_dataset(config.data, tokenizer)
     adapted = load_adapted(config, dataset.task, dataset.label_names)
     limits = adapted.model.config
-    check_fits(dataset, vocabulary_size=limits.vocab_size, positions=limits.max_length)
+    check_fits(
+        dataset,
+        vocabulary_size=limits.vocab_size,
+        positions=limits.max_length,
+        decoder_start_id=getattr(limits, "decoder_start_token_id", None),
+    )
     train, frozen = trees.partition(adapted.params, adapted.trainable)
     return Experiment(
         config=config,

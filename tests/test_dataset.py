@@ -9,6 +9,7 @@ from lorax_ft.data import (
     LanguageModelling,
     LoaderConfig,
     PromptCompletion,
+    SequenceToSequence,
     SourceConfig,
     SplitConfig,
     TextClassification,
@@ -149,6 +150,35 @@ def test_tokens_and_lengths_that_the_model_has_not_are_named(tmp_path, bert):
 def test_a_bucket_must_hold_the_longest_example():
     with pytest.raises(ValueError, match=r"up to 256 tokens.*longest bucket is 128.*128, 256\)"):
         DataConfig(source=SourceConfig(train="a.csv"), task=TextClassification(max_length=256))
+
+
+def test_a_bucket_must_hold_the_longest_target():
+    task = SequenceToSequence(max_target_length=64)
+    with pytest.raises(ValueError, match=r"targets have up to 64 tokens.*target_buckets is 32"):
+        DataConfig(
+            source=SourceConfig(train="a.csv"),
+            task=task,
+            loader=LoaderConfig(target_buckets=(8, 32)),
+        )
+
+
+def test_meaning_representations_are_sources_of_the_sentences_that_say_them(shared):
+    tokenizer = load_tokenizer(shared / "tokenizers" / "t5")
+    (file,) = (shared / "data" / "e2e").glob("*.csv")
+    task = SequenceToSequence(source="describe: {mr}", target="ref", max_target_length=96)
+    config = DataConfig(source=SourceConfig(train=str(file)), task=task)
+
+    data = load_dataset(config, tokenizer)
+
+    first, row = data.train[0], data.tables["train"].columns
+    assert data.task == "seq2seq_lm"
+    assert first["input_ids"][-1] == first["labels"][-1] == tokenizer.eos_id == 1
+    assert first["decoder_input_ids"][0] == tokenizer.pad_id == 0
+    assert tokenizer.decode(first["input_ids"][:-1]) == f"describe: {row['mr'][0]}"
+    assert tokenizer.decode(first["labels"][:-1]) == row["ref"][0]
+    check_fits(data, vocabulary_size=32_128, decoder_start_id=0)
+    with pytest.raises(ValueError, match=r"start with the token id 0.*with 5.*decoder_start_id"):
+        check_fits(data, vocabulary_size=32_128, decoder_start_id=5)
 
 
 def test_the_kind_of_a_task_chooses_its_config():

@@ -236,6 +236,38 @@ def test_a_batch_that_processes_cannot_share_equally_is_an_error():
         loader(classified([1]), 0, 3)
 
 
+def paired(lengths, target_lengths):
+    rows = zip(modelled(lengths), modelled(target_lengths))
+    return [s | {"decoder_input_ids": t["input_ids"], "labels": t["labels"]} for s, t in rows]
+
+
+def test_targets_are_padded_to_lengths_of_their_own():
+    (batch,) = take(loader(paired([2, 7], [3, 5]), batch_size=4), 1)
+
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (4, 8)
+    assert batch["decoder_input_ids"].shape == batch["labels"].shape == (4, 5)
+    order = np.argsort(batch["attention_mask"].sum(axis=1), kind="stable")[2:]
+    assert batch["labels"][order].tolist() == [[1, 2, 3, -100, -100], [1, 2, 3, 4, 5]]
+    assert batch["decoder_input_ids"][order].tolist() == [[1, 2, 3, 99, 99], [1, 2, 3, 4, 5]]
+    assert (batch["labels"][batch["weights"] == 0] == -100).all()
+
+
+def test_target_buckets_bound_the_shapes_on_every_process():
+    examples = paired(make_lengths(100), make_lengths(100, seed=1))
+    pairs = {"target_buckets": (6, 16), "batch_size": 2}
+    one = loader(examples, **pairs)
+    shares = [loader(examples, index, 2, **pairs) for index in range(2)]
+
+    found = take(one, one.steps_per_epoch)
+    shapes = [(b["input_ids"].shape[1], b["labels"].shape[1]) for b in found]
+    assert set(shapes) == {(source, target) for source in BUCKETS for target in (6, 16)}
+    for share in shares:
+        of_share = take(share, share.steps_per_epoch)
+        assert [(b["input_ids"].shape[1], b["labels"].shape[1]) for b in of_share] == shapes
+    with pytest.raises(ValueError, match=r"target_buckets = \(6,\): a target has 16 tokens"):
+        loader(examples, target_buckets=(6,))
+
+
 def test_an_epoch_without_a_batch_is_an_error():
     with pytest.raises(ValueError, match=r"3 training examples make no batch of 8"):
         loader(classified([1, 2, 3]), drop_last=True)
@@ -275,6 +307,7 @@ def test_no_shape_is_seen_outside_the_buckets():
         ({"eval_batch_size": 0}, "LoaderConfig.eval_batch_size = 0"),
         ({"buckets": ()}, r"LoaderConfig.buckets = \(\)"),
         ({"buckets": (16, 8)}, "expected rising lengths"),
+        ({"target_buckets": (8, 8)}, r"LoaderConfig.target_buckets = \(8, 8\)"),
         ({"prefetch": -1}, "LoaderConfig.prefetch = -1"),
     ],
 )

@@ -10,6 +10,7 @@ from lorax_ft.data.table import Table
 from lorax_ft.data.tasks import (
     LanguageModelling,
     PromptCompletion,
+    SequenceToSequence,
     TextClassification,
     make_examples,
 )
@@ -188,9 +189,46 @@ def test_a_prompt_that_leaves_no_room_is_left_out_and_reported():
         examples(PromptCompletion(max_length=4), rows)
 
 
+def test_a_source_has_a_target_that_the_decoder_reads_one_place_later():
+    task = SequenceToSequence(source="say: {words}", target="answer", decoder_start_id=7)
+
+    made = examples(task, table(words=["ab", "c"], answer=["no", "yes"]))
+
+    first, second = made.parts["train"]
+    assert first["input_ids"].tolist() == [*ids("say: ab"), 2]
+    assert first["labels"].tolist() == [ord("n"), ord("o"), 2]
+    assert first["decoder_input_ids"].tolist() == [7, ord("n"), ord("o")]
+    assert {array.dtype for array in second.values()} == {np.dtype(np.int32)}
+
+
+def test_sources_and_targets_that_are_cut_are_reported_apart():
+    task = SequenceToSequence(source="{words}", max_length=3, max_target_length=4)
+
+    made = examples(task, table(words=["abcdef", "a"], target=["xyzw", "x"]))
+
+    first, second = made.parts["train"]
+    assert [e["input_ids"].tolist() for e in (first, second)] == [[*ids("a"), 2]] * 2
+    assert first["labels"].tolist() == [ord(c) for c in "xyzw"]
+    assert first["decoder_input_ids"].tolist() == [0, *(ord(c) for c in "xyz")]
+    assert made.notes == (
+        "1 of 2 train texts were cut to 3 tokens (task.max_length).",
+        "1 of 2 train targets were cut to 4 tokens (task.max_target_length).",
+    )
+
+
+def test_a_target_without_a_token_is_left_out_and_reported():
+    rows = {"train": table(words=["a", "b"], target=["", "x"])}
+    made = make_examples(rows, SequenceToSequence(source="{words}"), Letters(eos_id=None))
+    assert [e["labels"].tolist() for e in made.parts["train"]] == [[ord("x")]]
+    assert made.notes == ("1 train rows were left out: their targets have no token.",)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: SequenceToSequence(source="none"), "SequenceToSequence.source = 'none'"),
+        (lambda: SequenceToSequence(source="{a"), "SequenceToSequence.source.*brace"),
+        (lambda: SequenceToSequence(max_target_length=1), "max_target_length = 1"),
         (lambda: TextClassification(max_length=1), "TextClassification.max_length = 1"),
         (lambda: TextClassification(label_names=("a", "a")), "label_names.*twice"),
         (lambda: LanguageModelling(length=1), "LanguageModelling.length = 1"),

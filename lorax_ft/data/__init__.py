@@ -16,7 +16,9 @@ from lorax_ft.data.table import Table
 from lorax_ft.data.tasks import (
     LanguageModelling,
     PromptCompletion,
+    SequenceToSequence,
     TextClassification,
+    encode_sources,
     label_texts,
     make_examples,
 )
@@ -28,6 +30,7 @@ __all__ = [
     "LanguageModelling",
     "LoaderConfig",
     "PromptCompletion",
+    "SequenceToSequence",
     "SourceConfig",
     "SplitConfig",
     "Table",
@@ -35,6 +38,7 @@ __all__ = [
     "Tokenizer",
     "TrainBatches",
     "check_fits",
+    "encode_sources",
     "evaluation_batches",
     "label_texts",
     "load_dataset",

@@ -12,6 +12,7 @@ from lorax_ft.data.tasks import (
     Example,
     LanguageModelling,
     PromptCompletion,
+    SequenceToSequence,
     TaskConfig,
     TextClassification,
     make_examples,
@@ -23,6 +24,7 @@ MODEL_TASKS: dict[type, str] = {
     TextClassification: "sequence_classification",
     LanguageModelling: "causal_lm",
     PromptCompletion: "causal_lm",
+    SequenceToSequence: "seq2seq_lm",
 }
 
 
@@ -42,6 +44,15 @@ class DataConfig:
                 f"DataConfig: examples have up to {needed} tokens, and the longest bucket is "
                 f"{longest}. Set loader.buckets to {(*self.loader.buckets, needed)}, or shorten "
                 "the task's."
+            )
+        if not isinstance(self.task, SequenceToSequence) or self.loader.target_buckets is None:
+            return
+        longest, needed = self.loader.target_buckets[-1], self.task.max_target_length
+        if longest < needed:
+            raise ValueError(
+                f"DataConfig: targets have up to {needed} tokens, and the longest bucket of "
+                f"loader.target_buckets is {longest}. Add {needed} to them, or lower "
+                "task.max_target_length."
             )
 
 
@@ -91,18 +102,31 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
     )
 
 
-def check_fits(dataset: Dataset, *, vocabulary_size: int, positions: int | None = None) -> None:
+def check_fits(
+    dataset: Dataset,
+    *,
+    vocabulary_size: int,
+    positions: int | None = None,
+    decoder_start_id: int | None = None,
+) -> None:
     """Raises ValueError for an example that a model cannot read, which it would not notice itself.
 
-    JAX reads beyond the end of an embedding table without an error.
+    JAX reads beyond the end of an embedding table without an error; and a decoder that was trained
+    to start with one token goes wrong with another.
     """
     for name in PARTS:
         for index, example in enumerate(getattr(dataset, name)):
             ids = example["input_ids"]
-            if ids.max(initial=0) >= vocabulary_size:
+            target = example.get("decoder_input_ids", ids)
+            if (largest := max(ids.max(initial=0), target.max(initial=0))) >= vocabulary_size:
                 raise ValueError(
-                    f"{name} example {index} has the token id {ids.max()}, and the model's "
+                    f"{name} example {index} has the token id {largest}, and the model's "
                     f"vocabulary has {vocabulary_size}: is this tokenizer the model's own?"
+                )
+            if decoder_start_id is not None and target[0] != decoder_start_id:
+                raise ValueError(
+                    f"The targets start with the token id {target[0]}, and the model's decoder "
+                    f"with {decoder_start_id}: set task.decoder_start_id to that."
                 )
             if positions is not None and len(ids) > positions:
                 raise ValueError(

@@ -15,9 +15,11 @@ import numpy as np
 
 from lorax_ft.data.tasks import IGNORED, Example
 
+TARGETS = ("decoder_input_ids", "labels")  # of an encoder-decoder: as long as one another
 Batch = dict[str, np.ndarray]
 """`input_ids`, `attention_mask` (and `token_type_ids`) [batch, length] int32; `labels` [batch] or
-[batch, length] int32; `weights` [batch] float32, 0 for a row that only fills the batch."""
+[batch, length] int32; `weights` [batch] float32, 0 for a row that only fills the batch. Of sources
+and targets `decoder_input_ids` and `labels` are [batch, target length] int32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,7 @@ class LoaderConfig:
     batch_size: int = 32  # of all processes together
     eval_batch_size: int | None = None  # None: as batch_size
     buckets: tuple[int, ...] = (16, 32, 64, 128)  # lengths to pad to; each is one compilation
+    target_buckets: tuple[int, ...] | None = None  # of targets; None: as long as the longest one
     drop_last: bool = False  # leave out an epoch's short batch; else fill it with rows of weight 0
     prefetch: int = 8  # batches that a thread makes ahead
 
@@ -37,12 +40,16 @@ class LoaderConfig:
                 raise ValueError(f"LoaderConfig.{field} = {value!r}: expected at least 1.")
         if self.prefetch < 0:
             raise ValueError(f"LoaderConfig.prefetch = {self.prefetch!r}: expected at least 0.")
-        rising = all(a < b for a, b in itertools.pairwise(self.buckets))
-        if not self.buckets or self.buckets[0] < 1 or not rising:
-            raise ValueError(
-                f"LoaderConfig.buckets = {self.buckets!r}: expected rising lengths, such as "
-                "(16, 32, 64, 128)."
-            )
+        for field in ("buckets", "target_buckets"):
+            buckets = getattr(self, field)
+            if buckets is None:
+                continue
+            rising = all(a < b for a, b in itertools.pairwise(buckets))
+            if not buckets or buckets[0] < 1 or not rising:
+                raise ValueError(
+                    f"LoaderConfig.{field} = {buckets!r}: expected rising lengths, such as "
+                    "(16, 32, 64, 128)."
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,14 +111,27 @@ def padding_share(lengths: Sequence[int] | np.ndarray, plans: Sequence[BatchPlan
     return 1 - sum(int(lengths[plan.indices].sum()) for plan in plans) / positions
 
 
-def make_batch(examples: Sequence[Example], plan: BatchPlan, *, rows: slice, pad_id: int) -> Batch:
-    """Rows of a planned batch, padded; those beyond its examples have weight 0 and no label."""
+def make_batch(
+    examples: Sequence[Example],
+    plan: BatchPlan,
+    *,
+    rows: slice,
+    pad_id: int,
+    target_buckets: Sequence[int] | None = None,
+) -> Batch:
+    """Rows of a planned batch, padded; those beyond its examples have weight 0 and no label.
+
+    Targets are padded to the shortest bucket that holds all of the batch's, also other processes'.
+    """
+    target_length = _target_length([examples[i] for i in plan.indices], target_buckets)
     chosen = [examples[i] for i in plan.indices[rows]]
     count, length = rows.stop - rows.start, plan.length
-    padding = {"input_ids": pad_id, "token_type_ids": 0, "labels": IGNORED}
+    padding = {"token_type_ids": 0, "labels": IGNORED}
     batch = {}
     for name, like in examples[0].items():  # scalars as [rows], vectors as [rows, length]
-        batch[name] = np.full((count, length)[: 1 + like.ndim], padding[name], np.int32)
+        long = length if name not in TARGETS or target_length is None else target_length
+        shape = (count, long)[: 1 + like.ndim]
+        batch[name] = np.full(shape, padding.get(name, pad_id), np.int32)
         for row, example in enumerate(chosen):
             place = (row, slice(example[name].size))[: 1 + like.ndim]
             batch[name][place] = example[name]
@@ -121,6 +141,28 @@ def make_batch(examples: Sequence[Example], plan: BatchPlan, *, rows: slice, pad
     batch["attention_mask"] = (np.arange(length) < ends[:, None]).astype(np.int32)
     batch["weights"] = (np.arange(count) < len(chosen)).astype(np.float32)
     return batch
+
+
+def _target_length(examples: Sequence[Example], buckets: Sequence[int] | None) -> int | None:
+    """The length that targets are padded to; None where the examples have none."""
+    if buckets is None or "decoder_input_ids" not in examples[0]:
+        return None
+    longest = max(len(example["decoder_input_ids"]) for example in examples)
+    return next(bucket for bucket in buckets if bucket >= longest)
+
+
+def _target_buckets(examples: Sequence[Example], config: LoaderConfig) -> tuple[int, ...] | None:
+    """The lengths that targets are padded to. Raises ValueError where one is longer than these."""
+    if not examples or "decoder_input_ids" not in examples[0]:
+        return None
+    longest = max(len(example["decoder_input_ids"]) for example in examples)
+    buckets = config.target_buckets or (longest,)
+    if longest > buckets[-1]:
+        raise ValueError(
+            f"LoaderConfig.target_buckets = {buckets}: a target has {longest} tokens. Add a longer "
+            "bucket, or cut the targets with task.max_target_length."
+        )
+    return buckets
 
 
 class TrainBatches:
@@ -197,8 +239,12 @@ def evaluation_batches(
     """
     batch_size = config.eval_batch_size or config.batch_size
     rows = _share(batch_size, process_index, process_count)
+    targets = _target_buckets(examples, config)
     for plan in plan_epoch(_lengths(examples), batch_size, config.buckets):
-        yield plan.indices[rows], make_batch(examples, plan, rows=rows, pad_id=pad_id)
+        yield (
+            plan.indices[rows],
+            make_batch(examples, plan, rows=rows, pad_id=pad_id, target_buckets=targets),
+        )
 
 
 class _Steps:
@@ -216,6 +262,7 @@ class _Steps:
             )
 
         self.examples, self.pad_id, self.rows, self.plan = examples, pad_id, rows, plan
+        self.target_buckets = _target_buckets(examples, config)
         self.per_epoch = len(plan(0))
         if not self.per_epoch:
             raise ValueError(
@@ -229,7 +276,13 @@ class _Steps:
     def __getitem__(self, index: int) -> Batch:
         epoch, number = divmod(index, self.per_epoch)
         plan = self.plan(epoch)[number]
-        return make_batch(self.examples, plan, rows=self.rows, pad_id=self.pad_id)
+        return make_batch(
+            self.examples,
+            plan,
+            rows=self.rows,
+            pad_id=self.pad_id,
+            target_buckets=self.target_buckets,
+        )
 
 
 def _share(batch_size: int, process_index: int | None, process_count: int | None) -> slice:
@@ -251,7 +304,9 @@ def _lengths(examples: Sequence[Example]) -> np.ndarray:
 
 def _fingerprint(examples: Sequence[Example], config: LoaderConfig, seed: int) -> str:
     """A hash of all that decides what the n-th batch is."""
-    settings = (seed, config.batch_size, config.buckets, config.drop_last)
+    settings: tuple[Any, ...] = (seed, config.batch_size, config.buckets, config.drop_last)
+    if config.target_buckets is not None:
+        settings += (config.target_buckets,)
     digest = hashlib.sha256(repr(settings).encode())
     for example in examples:
         for name in sorted(example):

@@ -10,12 +10,14 @@ from typing import Any, Literal
 import numpy as np
 
 from lorax_ft.data.table import Table
-from lorax_ft.data.tokenization import Tokenizer
+from lorax_ft.data.tokenization import Encoded, Tokenizer
 from lorax_ft.trees import nearest
 
 Example = dict[str, np.ndarray]
-"""`input_ids` [length] and `labels` ([] or [length]), int32; `token_type_ids` [length] of pairs."""
+"""`input_ids` [length] and `labels` ([] or [length]), int32; `token_type_ids` [length] of pairs; of
+a source and its target `decoder_input_ids` and `labels` [target length]."""
 
+Segment = tuple[str, str | None]
 IGNORED = -100  # a label that is not scored, as in Hugging Face's data
 
 
@@ -102,21 +104,14 @@ class PromptCompletion:
             )
 
     @property
-    def segments(self) -> list[tuple[str, str | None]]:
+    def segments(self) -> list[Segment]:
         """The prompt in order: text, and the column that comes after it."""
-        try:
-            return [(text, name) for text, name, _, _ in string.Formatter().parse(self.prompt)]
-        except ValueError as error:
-            raise ValueError(
-                f"PromptCompletion.prompt = {self.prompt!r}: {error}. A brace that is meant as "
-                "such is written twice."
-            ) from None
+        return _segments(self, "prompt")
 
     @property
     def texts(self) -> dict[str, str]:
         """The columns that the prompt is made of, by where they are named."""
-        names = [name for _, name in self.segments if name is not None]
-        return {f"task.prompt {{{name}}}": name for name in names}
+        return _template_columns(self, "prompt")
 
     @property
     def columns(self) -> dict[str, str]:
@@ -124,7 +119,47 @@ class PromptCompletion:
         return self.texts | {"task.completion": self.completion}
 
 
-TaskConfig = TextClassification | LanguageModelling | PromptCompletion
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SequenceToSequence:
+    """A target text for a source text, by an encoder-decoder.
+
+    `source` is text with the names of columns in braces, such as `"summarize: {article}"`; source
+    and target end with the tokenizer's end-of-sequence token.
+    """
+
+    kind: Literal["sequence_to_sequence"] = "sequence_to_sequence"
+    source: str = "{source}"
+    target: str = "target"  # name of the column
+    max_length: int = 128  # in tokens, of a source; longer texts are cut, counted and reported
+    max_target_length: int = 128  # likewise, of a target
+    decoder_start_id: int | None = None  # the first that the decoder reads; None: padding, as in T5
+
+    def __post_init__(self):
+        _check_positive(self, "max_length")
+        _check_positive(self, "max_target_length")
+        if not self.texts or "" in self.texts.values():
+            raise ValueError(
+                f"SequenceToSequence.source = {self.source!r}: expected text with the name of a "
+                "column in each pair of braces, and of at least one."
+            )
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The source in order: text, and the column that comes after it."""
+        return _segments(self, "source")
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """The columns that the source is made of, by where they are named."""
+        return _template_columns(self, "source")
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """All columns of the task, by the field that names them."""
+        return self.texts | {"task.target": self.target}
+
+
+TaskConfig = TextClassification | LanguageModelling | PromptCompletion | SequenceToSequence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -236,7 +271,7 @@ def _prompt_completion(
 ) -> Examples:
     parts, notes = {}, []
     for part, table in tables.items():
-        prompts = tokenizer.encode(_prompts(table, task)).input_ids
+        prompts = tokenizer.encode(fill_template(table, task)).input_ids
         completions = tokenizer.encode(
             table.texts(task.completion, field="task.completion"), special_tokens=False
         ).input_ids
@@ -260,7 +295,8 @@ def _prompt_completion(
     return Examples(parts=parts, notes=tuple(notes))
 
 
-def _prompts(table: Table, task: PromptCompletion) -> list[str]:
+def fill_template(table: Table, task: PromptCompletion | SequenceToSequence) -> list[str]:
+    """The text of each row that a task with a template reads."""
     columns: dict[str | None, list[str]] = {
         name: table.texts(name, field=field) for field, name in task.texts.items()
     }
@@ -276,11 +312,80 @@ def _scored_after(prompt_length: int, ids: np.ndarray) -> Example:
     return {"input_ids": ids, "labels": labels}
 
 
+def _sequence_to_sequence(
+    tables: Mapping[str, Table], task: SequenceToSequence, tokenizer: Tokenizer
+) -> Examples:
+    start = tokenizer.pad_id if task.decoder_start_id is None else task.decoder_start_id
+    end = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], np.int32)
+    parts, notes, longest = {}, [], task.max_target_length
+    for part, table in tables.items():
+        sources = encode_sources(fill_template(table, task), task, tokenizer)
+        targets = tokenizer.encode(
+            table.texts(task.target, field="task.target"), special_tokens=False
+        ).input_ids
+        whole = [np.concatenate([target, end]).astype(np.int32) for target in targets]
+        pairs = [(s, t[:longest]) for s, t in zip(sources.input_ids, whole) if len(t)]
+        parts[part] = [
+            {"input_ids": s, "decoder_input_ids": _shifted(t, start), "labels": t} for s, t in pairs
+        ]
+        notes += _truncation_note(part, sources.truncated, len(table), task.max_length)
+        if cut := sum(len(target) > longest for target in whole):
+            notes.append(
+                f"{cut:,} of {len(table):,} {part} targets were cut to {longest} tokens "
+                "(task.max_target_length)."
+            )
+        if left_out := len(table) - len(pairs):
+            notes.append(f"{left_out:,} {part} rows were left out: their targets have no token.")
+        if not pairs:
+            raise ValueError(f"{table.source}: no target of the {part} split has a token.")
+    return Examples(parts=parts, notes=tuple(notes))
+
+
+def encode_sources(texts: Sequence[str], task: SequenceToSequence, tokenizer: Tokenizer) -> Encoded:
+    """Token ids of sources, with the end that an encoder-decoder's texts have.
+
+    T5's own tokenizers put it there; a SentencePiece model by itself does not.
+    """
+    encoded, end = tokenizer.encode(texts, max_length=task.max_length), tokenizer.eos_id
+    ids = [
+        row
+        if end is None or (len(row) and row[-1] == end)
+        else np.append(row[: task.max_length - 1], np.int32(end))
+        for row in encoded.input_ids
+    ]
+    return dataclasses.replace(encoded, input_ids=ids)
+
+
+def _shifted(target: np.ndarray, start: int) -> np.ndarray:
+    return np.concatenate([[start], target[:-1]]).astype(np.int32)
+
+
 MAKERS: dict[type, Callable[..., Examples]] = {
     TextClassification: _classification,
     LanguageModelling: _language_modelling,
     PromptCompletion: _prompt_completion,
+    SequenceToSequence: _sequence_to_sequence,
 }
+
+
+# --- Templates ------------------------------------------------------------------------------------
+
+
+def _segments(task: Any, field: str) -> list[Segment]:
+    """A template in order: text, and the column that comes after it."""
+    template = getattr(task, field)
+    try:
+        return [(text, name) for text, name, _, _ in string.Formatter().parse(template)]
+    except ValueError as error:
+        raise ValueError(
+            f"{type(task).__name__}.{field} = {template!r}: {error}. A brace that is meant as "
+            "such is written twice."
+        ) from None
+
+
+def _template_columns(task: Any, field: str) -> dict[str, str]:
+    names = [name for _, name in task.segments if name is not None]
+    return {f"task.{field} {{{name}}}": name for name in names}
 
 
 def _truncation_note(part: str, count: int, of: int, max_length: int) -> list[str]:
