@@ -107,7 +107,7 @@ def continue_texts(
     config: GenerationConfig = GenerationConfig(),
     key: jax.Array | None = None,
 ) -> list[str]:
-    """What a language model writes after each text, without the text.
+    """What a language model writes after each text, or an encoder-decoder for it, without the text.
 
     The texts are one batch, padded on the left to a power of two: few lengths, few compilations.
     Raises ValueError for a text of no tokens, and as `generation.generate` does.
@@ -115,11 +115,11 @@ def continue_texts(
     if not texts:
         return []
     config = _with_ends(config, model, tokenizer)
-    prompts = _prompts(tokenizer, texts)
+    prompts = _prompts(model, tokenizer, texts)
     inputs = _padded_left(prompts, tokenizer.pad_id, _room(model, config))
     tokens, lengths = generation.generate(model, params, inputs, config, key)
     return [
-        _continuation(tokenizer, prompt, row[:length])
+        _continuation(model, tokenizer, prompt, row[:length])
         for prompt, row, length in zip(prompts, np.asarray(tokens), np.asarray(lengths))
     ]
 
@@ -134,29 +134,32 @@ def stream_text(
 ) -> Iterator[str]:
     """What `continue_texts` answers for one text, in pieces as they come."""
     config = _with_ends(config, model, tokenizer)
-    (prompt,) = _prompts(tokenizer, [text])
+    (prompt,) = _prompts(model, tokenizer, [text])
     inputs = _padded_left([prompt], tokenizer.pad_id, _room(model, config))
     written, shown = [], ""
     for token in generation.stream(model, params, inputs, config, key):
         written.append(int(token[0]))
-        whole = _continuation(tokenizer, prompt, written)
+        whole = _continuation(model, tokenizer, prompt, written)
         if not whole.endswith("\ufffd"):  # or else a character's last bytes are still to come
             yield whole[len(shown) :]
             shown = whole
-    yield _continuation(tokenizer, prompt, written)[len(shown) :]
+    yield _continuation(model, tokenizer, prompt, written)[len(shown) :]
 
 
-def _continuation(tokenizer: Tokenizer, prompt: np.ndarray, tokens: Sequence[int]) -> str:
+def _continuation(
+    model: Model, tokenizer: Tokenizer, prompt: np.ndarray, tokens: Sequence[int]
+) -> str:
     """The text of tokens behind others: with the space that parts them, if one does."""
-    before = prompt.tolist()
+    before = [] if model.task == "seq2seq_lm" else prompt.tolist()
     return tokenizer.decode([*before, *map(int, tokens)])[len(tokenizer.decode(before)) :]
 
 
-def _prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """The token ids of texts that are to be gone on with: without an end."""
+def _prompts(model: Model, tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """Token ids: of texts to be continued without an end, of sources as they are."""
     prompts = []
     for text, ids in zip(texts, tokenizer.encode(texts).input_ids):
-        ids = ids[:-1] if len(ids) and ids[-1] == tokenizer.eos_id else ids
+        if model.task != "seq2seq_lm" and len(ids) and ids[-1] == tokenizer.eos_id:
+            ids = ids[:-1]
         if not len(ids):
             raise ValueError(f"The text {text!r} has no tokens: give at least one to start from.")
         prompts.append(ids)
@@ -173,14 +176,18 @@ def _with_ends(config: GenerationConfig, model: Model, tokenizer: Tokenizer) -> 
     return dataclasses.replace(config, eos_token_id=tuple(dict.fromkeys(ends)))
 
 
-def _room(model: Model, config: GenerationConfig) -> int:
-    """How long padded texts may be."""
-    return model.config.max_length - config.max_new_tokens
+def _room(model: Model, config: GenerationConfig) -> int | None:
+    """How long padded texts may be; None where relative positions end nowhere."""
+    longest = model.config.max_length
+    return None if longest is None else longest - config.max_new_tokens
 
 
-def _padded_left(rows: Sequence[np.ndarray], pad_id: int, room: int) -> dict[str, np.ndarray]:
+def _padded_left(
+    rows: Sequence[np.ndarray], pad_id: int, room: int | None
+) -> dict[str, np.ndarray]:
     longest = max(map(len, rows))
-    length = max(longest, min(2 ** max(3, (longest - 1).bit_length()), room))
+    length = 2 ** max(3, (longest - 1).bit_length())
+    length = length if room is None else max(longest, min(length, room))
     ids = np.full((len(rows), length), pad_id, np.int32)
     mask = np.zeros_like(ids)
     for i, row in enumerate(rows):

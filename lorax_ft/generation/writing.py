@@ -32,7 +32,8 @@ def generate(
     """What the model writes after each text: one compiled program for all texts of a shape.
 
     Args:
-        model: a model for the task "causal_lm".
+        model: a model for the task "causal_lm", or for "seq2seq_lm": it reads sources, padded on
+            any side, and writes their targets.
         params: its parameters, with the leaves, prompts and prefixes of any method.
         inputs: `input_ids` `[batch, length]` and, for texts of several lengths, an
             `attention_mask` that pads them on the left.
@@ -43,7 +44,7 @@ def generate(
     text among them): padding follows. Raises ValueError for padding on the right, for a key that
     does not go with `do_sample`, and where texts and new tokens have no positions.
     """
-    _check(inputs, config, key)
+    _check(model, inputs, config, key)
     return _generate(params, dict(inputs), _numbers(model, config), key, model, _static(config))
 
 
@@ -58,7 +59,7 @@ def stream(
 
     Raises as `generate` does, and ValueError for beams, whose tokens are known at the end alone.
     """
-    _check(inputs, config, key)
+    _check(model, inputs, config, key)
     if config.num_beams > 1:
         raise ValueError("GenerationConfig.num_beams must be 1 to stream: beams end all at once.")
     numbers, static = _numbers(model, config), _static(config)
@@ -201,13 +202,15 @@ def _numbers(model: Model, config: GenerationConfig) -> Numbers:
     )
 
 
-def _check(inputs: Mapping[str, Any], config: GenerationConfig, key: Array | None) -> None:
+def _check(
+    model: Model, inputs: Mapping[str, Any], config: GenerationConfig, key: Array | None
+) -> None:
     if config.do_sample != (key is not None):
         raise ValueError(
             f"GenerationConfig.do_sample is {config.do_sample}, and a key is "
             f"{'not ' if key is None else ''}given: they go together."
         )
-    mask = inputs.get("attention_mask")
+    mask = None if model.task == "seq2seq_lm" else inputs.get("attention_mask")
     if mask is not None and not np.asarray(mask)[:, -1].all():
         row = int(np.argmin(np.asarray(mask)[:, -1]))
         raise ValueError(

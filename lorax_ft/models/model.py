@@ -18,7 +18,7 @@ from lorax_ft.models.gpt2 import Gpt2, Gpt2Config
 from lorax_ft.models.layers import Array, ComputeConfig, PyTree
 from lorax_ft.models.llama import Llama, LlamaConfig
 from lorax_ft.models.t5 import T5, T5Config
-from lorax_ft.models.virtual import Virtual, split_virtual
+from lorax_ft.models.virtual import Virtual, length_of, split_virtual
 from lorax_ft.trees import nearest
 
 ModelConfig = BertConfig | Gpt2Config | LlamaConfig | T5Config
@@ -65,6 +65,7 @@ class Cache:
     layers: PyTree  # keys and values [..., batch, slots, kv_heads, head_dim], and how many are set
     slots: Array  # [batch, slots]: False where a slot holds padding
     position: Array  # [batch]: of the next token
+    source_slots: Array | None = None  # [batch, slots] of the sources of an encoder-decoder
 
     def take(self, rows: Array) -> Cache:
         """The cache of other rows `[n]`, one of which may be there more than once."""
@@ -72,7 +73,8 @@ class Cache:
         def of_rows(array: Array) -> Array:  # the indices have no batch
             return array if array.ndim < 4 else jnp.take(array, rows, axis=array.ndim - 4)
 
-        return Cache(jax.tree.map(of_rows, self.layers), self.slots[rows], self.position[rows])
+        others = jax.tree.map(lambda x: x[rows], (self.slots, self.position, self.source_slots))
+        return Cache(jax.tree.map(of_rows, self.layers), *others)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,26 +143,28 @@ class Model:
         Args:
             params: as for `apply`.
             inputs: `input_ids` `[batch, length]` and, for texts of several lengths, an
-                `attention_mask` that pads them on the left.
+                `attention_mask`, which pads a text that is to be continued on the left.
             new_tokens: how many tokens may follow.
 
         Returns float32 logits `[batch, vocabulary]` of the next token, and a cache for `decode`.
-        Raises ValueError where texts and new tokens have no positions, or the model does not
-        continue texts.
+        An encoder-decoder reads sources, and its next token is the target's first. Raises
+        ValueError where texts and new tokens have no positions, or the model writes no text.
         """
-        if self.task != "causal_lm":
-            raise ValueError(f"A model for {self.task!r} continues no text, only 'causal_lm' does.")
         own, virtual = split_virtual(params)
-        ids = inputs["input_ids"]
-        before = virtual.prompt_length + virtual.prefix_length
+        if self.task == "seq2seq_lm":
+            return self._read_source(own, virtual, inputs, new_tokens)
+        if self.task != "causal_lm":
+            raise ValueError(
+                f"A model for {self.task!r} writes no text, only 'causal_lm' and 'seq2seq_lm' do."
+            )
+        ids, before = inputs["input_ids"], virtual.prompt_length + virtual.prefix_length
         if before + ids.shape[1] + new_tokens > self.config.max_length:
             raise ValueError(
                 f"Texts of {ids.shape[1]} tokens and {new_tokens} new ones"
                 f"{f' behind {before} trained vectors' if before else ''} are more than the "
                 f"{self.config.max_length} positions of the model: lower max_new_tokens."
             )
-        mask = inputs.get("attention_mask")
-        mask = jnp.ones(ids.shape, bool) if mask is None else mask.astype(bool)
+        mask = _mask(inputs)
         position = inputs.get("position_ids", jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0))
         free = jnp.pad(mask, ((0, 0), (0, new_tokens)), constant_values=True)
         inputs = {**inputs, "attention_mask": free, "position_ids": position}
@@ -170,18 +174,46 @@ class Model:
         slots = jnp.pad(free, ((0, 0), (before, 0)), constant_values=True)
         return logits[:, -1], Cache(held["cache"], slots, before + position[:, -1] + 1)
 
+    def _read_source(
+        self, own: PyTree, virtual: Virtual, inputs: Mapping[str, Array], new_tokens: int
+    ) -> tuple[Array, Cache]:
+        """`prefill` of an encoder-decoder."""
+        assert isinstance(self.config, T5Config)
+        source, mask = inputs["input_ids"], _mask(inputs)
+        batch = len(source)
+        memory = self.module.apply({"params": own}, source, mask, virtual, method="encode")
+        start = jnp.full((batch, 1), self.config.decoder_start_token_id, jnp.int32)
+        free = jnp.ones((batch, 1 + new_tokens), bool)
+        logits, held = self.module.apply(
+            *({"params": own}, start, memory, mask, free, virtual),
+            method="decode",
+            mutable=["cache"],
+        )
+        slots = jnp.ones((batch, free.shape[1] + length_of(virtual.decoder_prefix)), bool)
+        before = virtual.prompt_length + length_of(virtual.cross_prefix)
+        source_slots = jnp.pad(mask, ((0, 0), (before, 0)), constant_values=True)
+        cache = Cache(held["cache"], slots, jnp.ones(batch, jnp.int32), source_slots)
+        return logits[:, -1], cache
+
     def decode(self, params: PyTree, ids: Array, cache: Cache) -> tuple[Array, Cache]:
         """Reads one more token of each text, `[batch]`: as `prefill`, behind what is kept."""
         own, _ = split_virtual(params)  # in the cache since the first call
-        inputs = {
-            "input_ids": ids[:, None],
-            "attention_mask": cache.slots,
-            "position_ids": cache.position[:, None],
-        }
-        logits, held = self.module.apply(
-            {"params": own, "cache": cache.layers}, *self._arguments(inputs), mutable=["cache"]
-        )
-        return logits[:, -1], Cache(held["cache"], cache.slots, cache.position + 1)
+        variables = {"params": own, "cache": cache.layers}
+        if cache.source_slots is not None:
+            logits, held = self.module.apply(
+                *(variables, ids[:, None], None, cache.source_slots, cache.slots),
+                method="decode",
+                mutable=["cache"],
+            )
+        else:
+            inputs = {
+                "input_ids": ids[:, None],
+                "attention_mask": cache.slots,
+                "position_ids": cache.position[:, None],
+            }
+            logits, held = self.module.apply(variables, *self._arguments(inputs), mutable=["cache"])
+        cache = dataclasses.replace(cache, layers=held["cache"], position=cache.position + 1)
+        return logits[:, -1], cache
 
     def _arguments(
         self, inputs: Mapping[str, Array], virtual: Virtual = Virtual()
@@ -305,6 +337,12 @@ def _init(model: Model, key: Array) -> PyTree:
 @functools.lru_cache(maxsize=16)
 def _shapes(model: Model) -> PyTree:
     return jax.eval_shape(model.init, jax.random.key(0))
+
+
+def _mask(inputs: Mapping[str, Array]) -> Array:
+    """Which of the texts' places hold tokens, `[batch, length]`."""
+    mask = inputs.get("attention_mask")
+    return jnp.ones(inputs["input_ids"].shape, bool) if mask is None else mask.astype(bool)
 
 
 def _check_length(config: ModelConfig, length: int, before: int = 0) -> None:

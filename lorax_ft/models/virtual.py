@@ -36,7 +36,12 @@ class Virtual:
 
     @property
     def prefix_length(self) -> int:
-        return 0 if self.prefix is None else self.prefix[0].shape[1]
+        return length_of(self.prefix)
+
+
+def length_of(prefix: tuple[Array, Array] | None) -> int:
+    """How many keys and values stand in front."""
+    return 0 if prefix is None else prefix[0].shape[1]
 
 
 def split_virtual(params: Mapping[str, Any]) -> tuple[dict[str, Any], Virtual]:

@@ -17,7 +17,8 @@ import transformers
 HERE = pathlib.Path(__file__).parent
 CASES = (
     *("gpt2_causal_lm", "llama_llama3", "mistral_causal_lm", "qwen2_causal_lm"),
-    *("qwen3_causal_lm", "gemma_causal_lm", "gemma2_causal_lm"),
+    *("qwen3_causal_lm", "gemma_causal_lm", "gemma2_causal_lm", "t5_seq2seq_lm"),
+    "t5_gated_seq2seq_lm",
 )
 PAD, ENDS = 0, (2, 17, 31, 44)
 IDS = [[5, 33, 12, 48, 7, 21, 9], [PAD, PAD, PAD, 41, 8, 26, 13], [PAD, PAD, PAD, PAD, PAD, 3, 50]]
@@ -35,16 +36,21 @@ def main() -> None:
     mask = (ids != PAD).long()
     cases = []
     for name in CASES:
-        model = transformers.AutoModelForCausalLM.from_pretrained(HERE / "models" / name).eval()
+        is_t5 = name.startswith("t5")
+        kind = (
+            transformers.T5ForConditionalGeneration if is_t5 else transformers.AutoModelForCausalLM
+        )
+        model = kind.from_pretrained(HERE / "models" / name).eval()
         for settings in SETTINGS:
             written = model.generate(
                 ids,
                 attention_mask=mask,
                 do_sample=False,
+                use_cache=not is_t5,  # transformers' has as many layers as the encoder
                 pad_token_id=PAD,
                 eos_token_id=list(ENDS),
                 **settings,
-            )[:, ids.shape[1] :]
+            )[:, 1 if is_t5 else ids.shape[1] :]
             cases.append({"model": name, "settings": settings, "tokens": written.tolist()})
     header = {"input_ids": IDS, "pad_token_id": PAD, "eos_token_id": ENDS}
     lines = ",\n".join(json.dumps(case) for case in cases)
