@@ -78,8 +78,9 @@ def train(
 ) -> dict[str, Any]:
     """Trains, evaluates and writes all that `runs` names; goes on where a stopped run was.
 
-    `command` is what the exported adapter's card says that it was made by. Prints what is trained and what came of it, and returns what results.json holds. A run that is
-    finished is not run again. One that SIGTERM ended has saved its state, and answers its step.
+    `command` is what the exported adapter's card says that it was made by. Prints what is trained
+    and what came of it, and returns what results.json holds. A run that is finished is not run
+    again. One that SIGTERM ended has saved its state, and answers its step.
     """
     directory = pathlib.Path(run_dir)
     runs.check_run(directory, config)

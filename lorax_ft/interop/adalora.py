@@ -107,14 +107,15 @@ def _leaf(
         index = layer or 0
         a[index, :rank], b[index, :rank] = parts["A"], parts["B"].T
         values[index, :rank] = parts["E"][:, 0]
-    scale = _scale(config)
-    fields = (a, values, b) if stacked else (a[0], values[0], b[0])
-    stack = (count,) if stacked else ()
+    a, values, b = (jnp.asarray(f if stacked else f[0]) for f in (a, values, b))
+    stack, dropout = values.shape[:-1], config.get("lora_dropout")
     return AdaLoRA(
-        base,
-        *map(jnp.asarray, fields),
-        scale=jnp.full(stack, scale, jnp.float32),
-        dropout=jnp.full(stack, config["lora_dropout"]) if config.get("lora_dropout") else None,
+        base=base,
+        a=a,
+        values=values,
+        b=b,
+        scale=jnp.full(stack, _scale(config), jnp.float32),
+        dropout=jnp.full(stack, dropout) if dropout else None,
     )
 
 
