@@ -67,7 +67,7 @@ class FourBitFiles:
         tensors = {part.removeprefix(stem): self.files.read(part) for part in self.parts[name]}
         try:
             return from_bitsandbytes(tensors)
-        except (KeyError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"{self.file_of[name]}: the tensor {name!r}: {error}") from None
 
 
