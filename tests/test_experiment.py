@@ -108,7 +108,8 @@ def language_model(folder, **changes):
 @pytest.fixture(scope="module")
 def trained(folder):
     """A finished run on a classification, and its results."""
-    results = experiment.train(classification(folder, baseline=True), folder / "run")
+    config = classification(folder, baseline=True)
+    results = experiment.train(config, folder / "run", command="lorax-ft train --config=words.py")
     return folder / "run", results
 
 
@@ -124,6 +125,28 @@ def test_a_run_directory_holds_what_a_user_looks_for(trained):
     assert results["metrics"]["test"]["accuracy"] > 0.9
     assert 0.5 < results["baseline"] <= 1.0
     assert results["peak_memory_bytes"] > 0
+
+
+def test_the_exported_adapter_has_a_card_with_data_metrics_and_command(trained):
+    directory, results = trained
+
+    card = (directory / "peft" / "README.md").read_text()
+
+    assert card.startswith("---\nlibrary_name: peft\npipeline_tag: text-classification\n")
+    assert "| data | data.csv: " in card
+    assert f"| test | {results['metrics']['test']['accuracy']:.4f} |" in card
+    assert "```bash\nlorax-ft train --config=words.py\n```" in card
+
+
+def test_the_exported_adapter_is_refused_on_another_base(trained, folder, tmp_path):
+    directory, _ = trained
+    options = {"task": "sequence_classification", "num_labels": 2, "key": jax.random.key(5)}
+    model, base = hub.load(folder / "bert", **options)  # with a head of its own
+
+    load_peft(directory / "peft", model, base)
+    base["layers"]["mlp"]["up"]["bias"] += 1
+    with pytest.raises(ValueError, match="trained on a base of the fingerprint"):
+        load_peft(directory / "peft", model, base)
 
 
 def test_a_finished_run_is_not_run_again(trained, folder, capsys):

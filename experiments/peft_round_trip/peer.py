@@ -42,6 +42,7 @@ def compare(folder: pathlib.Path, case: dict[str, Any]) -> dict[str, Any]:
     """One case's differences. Warnings of PEFT about keys of the file are errors."""
     factory = FACTORIES[case["task"]]
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         warnings.filterwarnings(
             "error", message=".*(keys|missing|unexpected).*", category=UserWarning
         )
@@ -53,12 +54,13 @@ def compare(folder: pathlib.Path, case: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"transformers found {strays}")
         if case["adapter"]:
             model = peft.PeftModel.from_pretrained(model, folder / case["adapter"])
+    model.eval()
     result: dict[str, Any] = {}
     if case["kind"] == "four_bit":
         result["weights"] = four_bit_weights(model, folder / case["model"])
     with np.load(folder / f"{case['name']}.npz") as file, torch.inference_mode():
         inputs = {name: torch.tensor(file[name]) for name in ("input_ids", "attention_mask")}
-        got = model.eval()(**inputs).logits.float().numpy()
+        got = model(**inputs).logits.float().numpy()
         want, mask = file["logits"], file["attention_mask"] == 1
     if got.ndim == 3:
         got = got[:, got.shape[1] - mask.shape[1] :][mask]  # what stands before tokens left out
@@ -84,10 +86,12 @@ def four_bit_weights(model: torch.nn.Module, directory: pathlib.Path) -> int:
         )
         if not all(same):
             raise ValueError(f"{name}: codes, absmax and nested absmax are equal: {same}")
+        module.train()  # in eval mode bitsandbytes computes in bfloat16 on some processors
         count += 1
     return count
 
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     print(json.dumps(main(pathlib.Path(sys.argv[1]))))

@@ -29,7 +29,9 @@ from lorax_ft.inspection import inspect
 from lorax_ft.interop import save_peft
 from lorax_ft.lift import lift
 from lorax_ft.methods import (
+    DoRA,
     IA3Config,
+    LoRA,
     LoraConfig,
     PrefixConfig,
     PromptConfig,
@@ -154,6 +156,7 @@ def write(folder: pathlib.Path, families: Iterable[str], methods: Iterable[str])
             params, trained = add_methods(base, [section], jax.random.key(2), uses)
             train, frozen = trees.partition(params, trained)
             params = trees.combine(_noisy(train, jax.random.key(3), 0.1), frozen)
+            params = trees.map_with_path(_without_padding, params)
             adapter = f"{family}.{method}"
             rslora = bool(getattr(section, "rslora", False))
             save_peft(folder / adapter, model, params, trained, base_name=family, rslora=rslora)
@@ -176,6 +179,16 @@ def _noisy(tree: Any, key: jax.Array, size: float) -> Any:
     keys = jax.random.split(key, len(leaves))
     noisy = [x + size * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys)]
     return jax.tree.unflatten(structure, noisy)
+
+
+def _without_padding(path: str, value: Any) -> Any:
+    """A LoRA leaf whose rows beyond a layer's rank are zero again, as training leaves them."""
+    if isinstance(value, DoRA):
+        return value.replace(base=_without_padding(path, value.base))
+    if not isinstance(value, LoRA):
+        return value
+    real = (jnp.arange(value.a.shape[-2]) < value.rank[..., None])[..., None]
+    return value.replace(a=jnp.where(real, value.a, 0.0), b=jnp.where(real, value.b, 0.0))
 
 
 def _case(

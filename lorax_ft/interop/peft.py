@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -94,20 +95,22 @@ def save_peft(
     The directory must be new or empty, and appears whole or not at all, with a model card as its
     README.md; the base's fingerprint stands in it and in the file of tensors. `base_name` says
     which base model the adapter belongs to; `dropout` and `rslora` (the scale as alpha over the
-    root of the rank) how LoRA is stated; `card` what is known of the training. Raises ValueError
-    where there is nothing to save, where PEFT has no word for what there is, and where the
-    directory holds something.
+    root of the rank) how LoRA is stated; `card` what is known of the training. What classifies goes
+    along whether it was trained or not, since PEFT loads no classification without. Raises
+    ValueError where there is nothing to save, where PEFT has no word for what there is, and where
+    the directory holds something.
     """
-    kind = _kind(params) or "LORA"
-    tables = model.family.tables
+    kind, tables = _kind(params), model.family.tables
+    if kind is None and not trainable:
+        raise ValueError("save_peft: the parameters hold no adapter and nothing is trainable.")
+    kind = kind or "LORA"
+    trainable = _with_classifier(model, params, trainable)
     if kind == "LORA":
         config, tensors = lora.to_peft(tables, params, trainable, dropout=dropout, rslora=rslora)
     elif kind == "IA3":
         config, tensors = ia3.to_peft(tables, params, trainable)
     else:
         config, tensors = prompts.to_peft(model, params, trainable)
-    if not tensors:
-        raise ValueError("save_peft: the parameters hold no adapter and nothing is trainable.")
     config |= {
         "base_model_name_or_path": base_name,
         "inference_mode": True,
@@ -132,6 +135,19 @@ def _known(kind: str, model: Model | Names) -> Model | Tables | None:
     if READERS[kind] is prompts.from_peft:
         return model if isinstance(model, Model) else None
     return files.tables_of(model)
+
+
+def _with_classifier(model: Model, params: Any, trainable: trees.Patterns) -> tuple[str, ...]:
+    """The patterns `trainable`, and those of what classifies in the model, where that is plain."""
+    patterns = (trainable,) if isinstance(trainable, str) else tuple(trainable)
+    if not model.task.endswith("classification"):
+        return patterns
+    heads = [
+        path
+        for path, value in trees.flatten(params).items()
+        if path.partition("/")[0] in model.family.tables.classifier and not isinstance(value, Leaf)
+    ]
+    return (*patterns, *map(re.escape, heads))
 
 
 def _brought_along(params: Any, trainable: trees.Patterns) -> list[str]:
