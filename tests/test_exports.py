@@ -1,6 +1,7 @@
 """What an exported adapter says of itself, and that it is refused on another base."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +119,50 @@ def test_every_method_has_its_words(model, base, tmp_path, config, words):
     _, text = card_of(tmp_path / "a")
 
     assert all(word in text for word in words)
+
+
+# --- Heads ----------------------------------------------------------------------------------------
+
+
+def config_of(directory):
+    return json.loads((directory / "adapter_config.json").read_text())
+
+
+def test_what_classifies_goes_along_though_it_was_not_trained(model, base, tmp_path):
+    export(tmp_path / "a", model, base)
+
+    found, trained = load_peft(tmp_path / "a", model, base)
+
+    assert config_of(tmp_path / "a")["modules_to_save"] == ["classifier"]
+    assert config_of(tmp_path / "a")["task_type"] == "SEQ_CLS"
+    assert trained == ("classifier/bias", "classifier/kernel")
+    assert np.array_equal(found["classifier"]["kernel"], base["classifier"]["kernel"])
+
+
+def test_a_head_of_several_modules_goes_by_its_own_name(tmp_path):
+    sizes = {"model_type": "roberta", **SIZES, "intermediate_size": 64}
+    model = build(BertConfig.from_hugging_face(sizes), task="sequence_classification")
+    base = model.init(jax.random.key(0))
+    export(tmp_path / "a", model, base)
+
+    assert config_of(tmp_path / "a")["modules_to_save"] == ["classifier"]
+    found, _ = load_peft(tmp_path / "a", model, base)
+    assert jax.tree.structure(found["classifier"]) == jax.tree.structure(base["classifier"])
+
+
+def test_an_adapter_on_what_classifies_is_for_no_task_of_pefts(model, base, tmp_path):
+    """PEFT saves the head whole for those, and refuses an adapter on it."""
+    params = export(tmp_path / "a", model, base, LoraConfig(targets=("query", "classifier")))
+
+    assert config_of(tmp_path / "a")["task_type"] is None
+    assert config_of(tmp_path / "a")["modules_to_save"] is None
+    found, _ = load_peft(tmp_path / "a", model, base)
+    assert all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(params)))
+
+
+def test_nothing_is_no_adapter(model, base, tmp_path):
+    with pytest.raises(ValueError, match="hold no adapter and nothing is trainable"):
+        save_peft(tmp_path / "a", model, base)
 
 
 # --- Bases ----------------------------------------------------------------------------------------

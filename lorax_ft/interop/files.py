@@ -227,9 +227,17 @@ def _lone_biases(tensors: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def modules_of(tensors: Mapping[str, Any], biases: str) -> list[str] | None:
-    """The modules that are saved whole, as `modules_to_save` names them."""
-    return sorted({n.rsplit(".", 1)[0] for n in tensors if not _is_bias_only(n, biases)}) or None
+def modules_of(tensors: Mapping[str, Any], biases: str, tables: Tables) -> list[str] | None:
+    """The modules that are saved whole, as `modules_to_save` names them.
+
+    A head of several modules, such as RoBERTa's classifier, goes by its own name.
+    """
+    saved = {n.rsplit(".", 1)[0] for n in tensors if not _is_bias_only(n, biases)}
+    for head in {name.partition(".")[0] for name in saved}:
+        inner = {name for name in tables.names.values() if name.startswith(f"{head}.")}
+        if inner and inner <= saved:
+            saved = (saved - inner) | {head}
+    return sorted(saved) or None
 
 
 def _is_bias_only(name: str, biases: str) -> bool:

@@ -45,7 +45,7 @@ def to_peft(
         "fan_in_fan_out": False,
         "feedforward_modules": sorted(feedforward),
         "init_ia3_weights": True,
-        "modules_to_save": files.modules_of(saved, biases),
+        "modules_to_save": files.modules_of(saved, biases, tables),
         "target_modules": sorted(targets),
     }
     return config, {PREFIX + name: tensor for name, tensor in {**tensors, **saved}.items()}

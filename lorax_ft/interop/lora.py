@@ -52,7 +52,7 @@ def to_peft(
         "fan_in_fan_out": _fan_in_fan_out(tables, params),
         "init_lora_weights": True,
         "lora_dropout": dropout,
-        "modules_to_save": files.modules_of(saved, biases),
+        "modules_to_save": files.modules_of(saved, biases, tables),
         "target_modules": sorted(modules),
         "use_dora": any(isinstance(v, DoRA) for v in trees.flatten(params).values()),
         "use_rslora": rslora,

@@ -115,7 +115,7 @@ def save_peft(
         "base_model_name_or_path": base_name,
         "inference_mode": True,
         "peft_type": kind,
-        "task_type": files.TASK_TYPES.get(model.task),
+        "task_type": _task_type(model, params),
     }
     base = bases.describe(params, _brought_along(params, trainable))
     text = write_card(card, config, base, model.task)
@@ -138,16 +138,28 @@ def _known(kind: str, model: Model | Names) -> Model | Tables | None:
 
 
 def _with_classifier(model: Model, params: Any, trainable: trees.Patterns) -> tuple[str, ...]:
-    """The patterns `trainable`, and those of what classifies in the model, where that is plain."""
+    """The patterns `trainable`, and those of what classifies in the model, if it is to be saved."""
     patterns = (trainable,) if isinstance(trainable, str) else tuple(trainable)
+    heads = _classifier(model, params)
+    return patterns if _is_adapted(heads) else (*patterns, *map(re.escape, heads))
+
+
+def _task_type(model: Model, params: Any) -> str | None:
+    """PEFT's word for the task; by those for classifications it saves what classifies whole, so
+    that an adapter within has none."""
+    return None if _is_adapted(_classifier(model, params)) else files.TASK_TYPES.get(model.task)
+
+
+def _classifier(model: Model, params: Any) -> dict[str, Any]:
+    """What classifies, by path; nothing for other tasks."""
     if not model.task.endswith("classification"):
-        return patterns
-    heads = [
-        path
-        for path, value in trees.flatten(params).items()
-        if path.partition("/")[0] in model.family.tables.classifier and not isinstance(value, Leaf)
-    ]
-    return (*patterns, *map(re.escape, heads))
+        return {}
+    names = model.family.tables.classifier
+    return {p: v for p, v in trees.flatten(params).items() if p.partition("/")[0] in names}
+
+
+def _is_adapted(parameters: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, Leaf) for value in parameters.values())
 
 
 def _brought_along(params: Any, trainable: trees.Patterns) -> list[str]:

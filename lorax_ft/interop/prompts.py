@@ -60,7 +60,7 @@ def to_peft(
     if not is_prefix and seq2seq.is_seq2seq(model):
         vectors = seq2seq.prompt_rows(vectors, params["prompt"])
     config = {
-        "modules_to_save": files.modules_of(saved, biases),
+        "modules_to_save": files.modules_of(saved, biases, model.family.tables),
         "num_attention_heads": (
             model.config.kv_heads if is_prefix else model.config.num_attention_heads
         ),
