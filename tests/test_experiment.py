@@ -15,6 +15,7 @@ from lorax_ft.interop import load_peft
 from lorax_ft.lift import lift
 from lorax_ft.methods import AdaLoRA
 from lorax_ft.models import BertConfig, LlamaConfig, build, hub
+from lorax_ft.quantization import QuantizationConfig, quantize
 
 WORDS = [
     "[PAD]",
@@ -147,6 +148,19 @@ def test_the_exported_adapter_is_refused_on_another_base(trained, folder, tmp_pa
     base["layers"]["mlp"]["up"]["bias"] += 1
     with pytest.raises(ValueError, match="trained on a base of the fingerprint"):
         load_peft(directory / "peft", model, base)
+
+
+def test_a_checkpoint_in_four_bits_is_trained_on_as_it_is(folder, tmp_path):
+    model, params = hub.load(folder / "llama")
+    held = quantize(params, QuantizationConfig())
+    hub.save(tmp_path / "held", model, held, tokenizer_files_from=folder / "llama_tokenizer")
+    config = language_model(folder, model={"path": str(tmp_path / "held")})
+
+    prepared = experiment.prepare(config)
+
+    kernel = trees.flatten(prepared.adapted.params)["layers/mlp/up/kernel"]
+    assert trees.kind(kernel) == "LoRA(NF4)"
+    np.testing.assert_array_equal(kernel.base.packed, held["layers"]["mlp"]["up"]["kernel"].packed)
 
 
 def test_a_finished_run_is_not_run_again(trained, folder, capsys):

@@ -166,11 +166,11 @@ def _brought_along(params: Any, trainable: trees.Patterns) -> list[str]:
     """Paths, `layers_3/...` of a layer, of the plain arrays that are saved with the adapter."""
     parameters, paths = trees.flatten(params), []
     for path in trees.select(parameters, trainable, field="trainable"):
-        name = path.removeprefix("layers/")
-        if name == path:
+        if "layers" not in path.split("/"):
             paths.append(path)
-        else:
-            paths += [f"layers_{i}/{name}" for i in range(np.shape(parameters[path])[0])]
+            continue
+        for i in range(np.shape(parameters[path])[0]):
+            paths.append(re.sub(r"(^|/)layers/", rf"\1layers_{i}/", path, count=1))
     return paths
 
 
