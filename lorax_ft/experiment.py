@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from lorax_ft.data import (
     load_tokenizer,
     tfidf_baseline,
 )
+from lorax_ft.leaves import is_leaf
+from lorax_ft.models import hub
 from lorax_ft.training import checkpoints, loop, records
 
 PyTree = Any
@@ -258,11 +261,18 @@ def _export(
     if decomposed or not interop.can_save(params):  # a decomposition changes the base
         return
     shutil.rmtree(directory, ignore_errors=True)  # of a session that broke off
+    model, parameters = experiment.adapted.model, trees.flatten(params)
+    # what started from chance is in no base, so that it goes along though it was not trained
+    new = (
+        re.escape(path)
+        for path in hub.new_heads(find_path(config.model.path), model)
+        if not is_leaf(parameters[path])
+    )
     interop.save_peft(
         directory,
-        experiment.adapted.model,
+        model,
         params,
-        experiment.adapted.trainable,
+        (*experiment.adapted.trainable, *new),
         base_name=config.model.path,
         dropout=max((section.dropout for section in low_rank), default=0.0),
         rslora=config.lora is not None and config.lora.rslora,

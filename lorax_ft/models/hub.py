@@ -133,6 +133,13 @@ def load(
         return model, map_with_path(parameter, model.shapes())
 
 
+def new_heads(path_or_id: str | pathlib.Path, model: Model) -> list[str]:
+    """Paths of what `load` starts anew for a model: heads that the checkpoint lacks, or has for
+    other classes. Raises as `load` does for files that are missing or damaged."""
+    with open_tensors(find_directory(path_or_id)) as tensors:
+        return new_parameters(model, named(model, tensors), resized=True)
+
+
 def find_directory(path_or_id: str | pathlib.Path) -> pathlib.Path:
     """The directory of that path, or else of that name on the Hugging Face hub, fetched."""
     path = pathlib.Path(path_or_id).expanduser()
