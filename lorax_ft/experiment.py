@@ -27,7 +27,7 @@ from lorax_ft.data import (
     load_tokenizer,
     tfidf_baseline,
 )
-from lorax_ft.leaves import is_leaf
+from lorax_ft.leaves import dense
 from lorax_ft.models import hub
 from lorax_ft.training import checkpoints, loop, records
 
@@ -262,17 +262,14 @@ def _export(
         return
     shutil.rmtree(directory, ignore_errors=True)  # of a session that broke off
     model, parameters = experiment.adapted.model, trees.flatten(params)
-    # what started from chance is in no base, so that it goes along though it was not trained
-    new = (
-        re.escape(path)
-        for path in hub.new_heads(find_path(config.model.path), model)
-        if not is_leaf(parameters[path])
-    )
+    # what started from chance is in no base: it goes along whole, what was learnt on it merged
+    new = hub.new_heads(find_path(config.model.path), model)
+    params = trees.with_fields(params, {path: dense(parameters[path]) for path in new})
     interop.save_peft(
         directory,
         model,
         params,
-        (*experiment.adapted.trainable, *new),
+        (*experiment.adapted.trainable, *map(re.escape, new)),
         base_name=config.model.path,
         dropout=max((section.dropout for section in low_rank), default=0.0),
         rslora=config.lora is not None and config.lora.rslora,

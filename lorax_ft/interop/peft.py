@@ -21,7 +21,7 @@ from lorax_ft.interop.cards import ModelCard, write_card
 from lorax_ft.leaves import Leaf
 from lorax_ft.methods import IA3, DoRA, IA3Bias, LoRA
 from lorax_ft.models import Model
-from lorax_ft.models.hugging_face import Names, Tables
+from lorax_ft.models.hugging_face import Names, Tables, in_layer, is_stacked
 
 READERS: Mapping[str, Callable[..., tuple[Any, tuple[str, ...]]]] = {
     "LORA": lora.from_peft,
@@ -166,11 +166,10 @@ def _brought_along(params: Any, trainable: trees.Patterns) -> list[str]:
     """Paths, `layers_3/...` of a layer, of the plain arrays that are saved with the adapter."""
     parameters, paths = trees.flatten(params), []
     for path in trees.select(parameters, trainable, field="trainable"):
-        if "layers" not in path.split("/"):
+        if is_stacked(path):
+            paths += [in_layer(path, i) for i in range(np.shape(parameters[path])[0])]
+        else:
             paths.append(path)
-            continue
-        for i in range(np.shape(parameters[path])[0]):
-            paths.append(re.sub(r"(^|/)layers/", rf"\1layers_{i}/", path, count=1))
     return paths
 
 
