@@ -18,6 +18,7 @@ import functools
 import hashlib
 import pathlib
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -79,7 +80,7 @@ def train(values: Any, arguments: list[str]) -> None:
     directory = values.run_dir or default_run_dir(
         values["config"].config_filename, values["config"].override_values
     )
-    experiment.train(_config(values), directory)
+    experiment.train(_config(values), directory, command=train_command(values["config"], directory))
 
 
 def evaluate(values: Any, arguments: list[str]) -> None:
@@ -159,6 +160,13 @@ def _texts(values: Any, arguments: list[str]) -> list[str]:
     if values.file:
         return pathlib.Path(values.file).read_text("utf-8").splitlines()
     return arguments or [line.rstrip("\n") for line in sys.stdin]
+
+
+def train_command(config: Any, run_dir: str) -> str:
+    """The command line that trains with a config flag's file and overrides."""
+    overrides = [f"--config.{key}={value}" for key, value in config.override_values.items()]
+    arguments = [f"--config={config.config_filename}", *overrides, f"--run_dir={run_dir}"]
+    return shlex.join(["lorax-ft", "train", *arguments])
 
 
 def _config(values: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from lorax_ft.data import (
     load_tokenizer,
     tfidf_baseline,
 )
+from lorax_ft.leaves import dense
+from lorax_ft.models import hub
 from lorax_ft.training import checkpoints, loop, records
 
 PyTree = Any
@@ -73,11 +76,14 @@ def prepare(config: ExperimentConfig) -> Experiment:
     )
 
 
-def train(config: ExperimentConfig, run_dir: str | pathlib.Path) -> dict[str, Any]:
+def train(
+    config: ExperimentConfig, run_dir: str | pathlib.Path, *, command: str = ""
+) -> dict[str, Any]:
     """Trains, evaluates and writes all that `runs` names; goes on where a stopped run was.
 
-    Prints what is trained and what came of it, and returns what results.json holds. A run that is
-    finished is not run again. One that SIGTERM ended has saved its state, and answers its step.
+    `command` is what the exported adapter's card says that it was made by. Prints what is trained
+    and what came of it, and returns what results.json holds. A run that is finished is not run
+    again. One that SIGTERM ended has saved its state, and answers its step.
     """
     directory = pathlib.Path(run_dir)
     runs.check_run(directory, config)
@@ -104,11 +110,12 @@ def train(config: ExperimentConfig, run_dir: str | pathlib.Path) -> dict[str, An
         for part in ("validation", "test")
         if getattr(experiment.dataset, part)
     }
-    _save(experiment, directory, train)
+    metrics = {part: found.metrics for part, found in evaluations.items()}
+    _save(experiment, directory, train, metrics, command)
     results = {
         "outcome": result.outcome,
         "step": step,
-        "metrics": {part: found.metrics for part, found in evaluations.items()},
+        "metrics": metrics,
         "warnings": [found.warning for found in evaluations.values() if found.warning],
         "baseline": baseline,
         "parameters": dataclasses.asdict(counts),
@@ -217,7 +224,13 @@ def _best(experiment: Experiment, directory: pathlib.Path, result: training.FitR
     return snapshot.train
 
 
-def _save(experiment: Experiment, directory: pathlib.Path, train: PyTree) -> None:
+def _save(
+    experiment: Experiment,
+    directory: pathlib.Path,
+    train: PyTree,
+    metrics: dict[str, dict[str, float]],
+    command: str,
+) -> None:
     """Writes the adapter and the picture of the run."""
     dataset, adapted = experiment.dataset, experiment.adapted
     record = runs.AdapterRecord(
@@ -227,7 +240,8 @@ def _save(experiment: Experiment, directory: pathlib.Path, train: PyTree) -> Non
         base=adapted.base,
     )
     runs.save_adapter(directory / runs.ADAPTER, train, record)
-    _export(experiment, directory / runs.PEFT, trees.combine(train, experiment.frozen))
+    card = interop.ModelCard(data=_data(experiment), metrics=metrics, command=command)
+    _export(experiment, directory / runs.PEFT, trees.combine(train, experiment.frozen), card)
     plots.plot_run(
         records.read_records(directory),
         directory / "loss.png",
@@ -236,7 +250,9 @@ def _save(experiment: Experiment, directory: pathlib.Path, train: PyTree) -> Non
     )
 
 
-def _export(experiment: Experiment, directory: pathlib.Path, params: PyTree) -> None:
+def _export(
+    experiment: Experiment, directory: pathlib.Path, params: PyTree, card: interop.ModelCard
+) -> None:
     """Writes the adapter as a PEFT directory, where PEFT has a word for it."""
     config = experiment.config
     low_rank = [section for section in (config.lora, config.adalora) if section is not None]
@@ -245,15 +261,33 @@ def _export(experiment: Experiment, directory: pathlib.Path, params: PyTree) -> 
     if decomposed or not interop.can_save(params):  # a decomposition changes the base
         return
     shutil.rmtree(directory, ignore_errors=True)  # of a session that broke off
+    model, parameters = experiment.adapted.model, trees.flatten(params)
+    # what started from chance is in no base: it goes along whole, what was learnt on it merged
+    new = hub.new_heads(find_path(config.model.path), model)
+    params = trees.with_fields(params, {path: dense(parameters[path]) for path in new})
     interop.save_peft(
         directory,
-        experiment.adapted.model,
+        model,
         params,
-        experiment.adapted.trainable,
+        (*experiment.adapted.trainable, *map(re.escape, new)),
         base_name=config.model.path,
         dropout=max((section.dropout for section in low_rank), default=0.0),
         rslora=config.lora is not None and config.lora.rslora,
+        card=card,
     )
+
+
+def _data(experiment: Experiment) -> str:
+    """What a run was trained on, in a line: where it is from, and how much of it."""
+    dataset, source = experiment.dataset, experiment.config.data.source
+    subset = f" ({source.subset})" if source.subset else ""
+    origin = f"{source.hub}{subset}" if source.hub else pathlib.Path(source.train).name
+    counts = (
+        f"{len(examples):,} {part}"
+        for part in ("train", "validation", "test")
+        if (examples := getattr(dataset, part))
+    )
+    return f"{origin}: {', '.join(counts)} examples"
 
 
 def _baseline(experiment: Experiment) -> float | None:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
@@ -53,3 +54,17 @@ def quick_compiles():
     yield
     jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()  # what was compiled so must not be met again by other tests
+
+
+@pytest.fixture(scope="session")
+def peer() -> str:
+    """A Python with torch, transformers, peft and bitsandbytes: $LORAX_FT_PEER, or this one."""
+    import importlib.util
+
+    if python := os.environ.get("LORAX_FT_PEER"):
+        return python
+    needed = ("torch", "peft", "bitsandbytes", "accelerate")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"no {', '.join(missing)} here (set LORAX_FT_PEER to a Python that has them)")
+    return sys.executable

@@ -1,6 +1,7 @@
 """The command line: overrides reach the config, bad input is one message and exit code 2."""
 
 import dataclasses
+import shlex
 
 import pytest
 from absl import flags
@@ -91,6 +92,24 @@ def test_bad_input_is_one_message_and_exit_code_2(config_file, seen, capsys, arg
 def test_traceback_shows_where_an_error_came_from(config_file, seen):
     with pytest.raises(flags.Error, match="unknown argument 'third'"):
         cli.main(["lorax-ft", "train", f"--config={config_file}:third", "--traceback"])
+
+
+def test_the_command_that_an_adapters_card_tells_is_the_one_that_was_given(
+    config_file, monkeypatch
+):
+    from lorax_ft import experiment
+
+    seen = []
+    monkeypatch.setattr(
+        experiment, "train", lambda config, directory, command: seen.append(command)
+    )
+    monkeypatch.setattr(cli, "_config", lambda values: values.config)
+    arguments = ["--config.lora.rank=16", "--config.lora.targets=('query', 'value')"]
+    arguments = [f"--config={config_file}:other", *arguments, "--run_dir=runs/a b"]
+
+    assert cli.main(["lorax-ft", "train", *arguments]) == 0
+
+    assert shlex.split(seen[0]) == ["lorax-ft", "train", *arguments]
 
 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))

@@ -15,6 +15,7 @@ from lorax_ft.interop import load_peft
 from lorax_ft.lift import lift
 from lorax_ft.methods import AdaLoRA
 from lorax_ft.models import BertConfig, LlamaConfig, build, hub
+from lorax_ft.quantization import QuantizationConfig, quantize
 
 WORDS = [
     "[PAD]",
@@ -108,7 +109,8 @@ def language_model(folder, **changes):
 @pytest.fixture(scope="module")
 def trained(folder):
     """A finished run on a classification, and its results."""
-    results = experiment.train(classification(folder, baseline=True), folder / "run")
+    config = classification(folder, baseline=True)
+    results = experiment.train(config, folder / "run", command="lorax-ft train --config=words.py")
     return folder / "run", results
 
 
@@ -124,6 +126,41 @@ def test_a_run_directory_holds_what_a_user_looks_for(trained):
     assert results["metrics"]["test"]["accuracy"] > 0.9
     assert 0.5 < results["baseline"] <= 1.0
     assert results["peak_memory_bytes"] > 0
+
+
+def test_the_exported_adapter_has_a_card_with_data_metrics_and_command(trained):
+    directory, results = trained
+
+    card = (directory / "peft" / "README.md").read_text()
+
+    assert card.startswith("---\nlibrary_name: peft\npipeline_tag: text-classification\n")
+    assert "| data | data.csv: " in card
+    assert f"| test | {results['metrics']['test']['accuracy']:.4f} |" in card
+    assert "```bash\nlorax-ft train --config=words.py\n```" in card
+
+
+def test_the_exported_adapter_is_refused_on_another_base(trained, folder, tmp_path):
+    directory, _ = trained
+    options = {"task": "sequence_classification", "num_labels": 2, "key": jax.random.key(5)}
+    model, base = hub.load(folder / "bert", **options)  # with a pooler and head of its own
+
+    load_peft(directory / "peft", model, base)
+    base["layers"]["mlp"]["up"]["bias"] += 1
+    with pytest.raises(ValueError, match="trained on a base of the fingerprint"):
+        load_peft(directory / "peft", model, base)
+
+
+def test_a_checkpoint_in_four_bits_is_trained_on_as_it_is(folder, tmp_path):
+    model, params = hub.load(folder / "llama")
+    held = quantize(params, QuantizationConfig())
+    hub.save(tmp_path / "held", model, held, tokenizer_files_from=folder / "llama_tokenizer")
+    config = language_model(folder, model={"path": str(tmp_path / "held")})
+
+    prepared = experiment.prepare(config)
+
+    kernel = trees.flatten(prepared.adapted.params)["layers/mlp/up/kernel"]
+    assert trees.kind(kernel) == "LoRA(NF4)"
+    np.testing.assert_array_equal(kernel.base.packed, held["layers"]["mlp"]["up"]["kernel"].packed)
 
 
 def test_a_finished_run_is_not_run_again(trained, folder, capsys):
@@ -263,9 +300,8 @@ def test_an_adalora_run_ends_within_its_budget_and_goes_out_as_lora(folder, tmp_
     assert sum(np.count_nonzero(leaf.values) for leaf in leaves) == 2 * 2
     assert results["outcome"] == "finished"
 
-    key, _ = jax.random.split(jax.random.key(config.seed))  # of the pooler, which is not trained
-    task = {"task": "sequence_classification", "num_labels": 2}
-    model, base = hub.load(folder / "bert", **task, key=key)
+    task = {"task": "sequence_classification", "num_labels": 2, "key": jax.random.key(9)}
+    model, base = hub.load(folder / "bert", **task)  # another pooler and head than the run's
     inputs = {"input_ids": np.array([[4, 10, 7, 5], [8, 6, 5, 11]], np.int32)}
     lora, _ = load_peft(tmp_path / "run" / "peft", model, base)
     got, want = lift(model.apply)(lora, inputs), apply(params, inputs)

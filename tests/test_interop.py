@@ -185,7 +185,7 @@ def test_a_missing_or_truncated_file_raises_and_names_it(broken):
     with pytest.raises(ValueError, match=r"adapter_model.safetensors cannot be read"):
         load_peft(directory, model, base)
     path.unlink()
-    with pytest.raises(ValueError, match=r"adapter_model.safetensors is not there"):
+    with pytest.raises(FileNotFoundError, match=r"adapter_model.safetensors is not there"):
         load_peft(directory, model, base)
 
 

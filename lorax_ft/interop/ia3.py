@@ -13,7 +13,7 @@ from lorax_ft import trees
 from lorax_ft.interop import files
 from lorax_ft.methods import IA3, IA3Bias
 from lorax_ft.methods.targets import bias_of
-from lorax_ft.models.model import Model, hugging_face_name
+from lorax_ft.models.hugging_face import Tables, module_name
 
 PREFIX = "base_model.model."
 READ = frozenset(
@@ -25,7 +25,7 @@ READ = frozenset(
 
 
 def to_peft(
-    model: Model, params: Any, trainable: trees.Patterns
+    tables: Tables, params: Any, trainable: trees.Patterns
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(fields of the config, tensors) of the IA3 leaves and of the arrays that are saved whole."""
     tensors: dict[str, Any] = {}
@@ -35,24 +35,24 @@ def to_peft(
             continue
         on_inputs = isinstance(value, IA3) and value.on_inputs
         for index in np.ndindex(value.stack_shape):
-            name = hugging_face_name(model, path, *index)
+            name = module_name(tables.names, path, *index)
             gain = np.asarray(value.gain[index])
             tensors[f"{name}.ia3_l"] = gain[None] if on_inputs else gain[:, None]
             targets.add(name)
             feedforward |= {name} if on_inputs else set()
-    saved, biases = files.plain_tensors(model, params, trainable)
+    saved, biases = files.plain_tensors(tables, params, trainable)
     config = {
         "fan_in_fan_out": False,
         "feedforward_modules": sorted(feedforward),
         "init_ia3_weights": True,
-        "modules_to_save": files.modules_of(saved, biases),
+        "modules_to_save": files.modules_of(saved, biases, tables),
         "target_modules": sorted(targets),
     }
     return config, {PREFIX + name: tensor for name, tensor in {**tensors, **saved}.items()}
 
 
 def from_peft(
-    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], model: Model, params: Any
+    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], tables: Tables, params: Any
 ) -> tuple[Any, tuple[str, ...]]:
     """Params with IA3 leaves, and the patterns of the arrays that were saved whole."""
     files.check_fields(config, READ)
@@ -63,11 +63,11 @@ def from_peft(
         name = key.removeprefix(PREFIX)
         if name.endswith(".ia3_l"):
             path, layer = files.our_path(
-                key, name.removesuffix(".ia3_l"), ("kernel",), model, paths
+                key, name.removesuffix(".ia3_l"), ("kernel",), tables, paths
             )
             gains.setdefault(path, {})[layer] = tensor
         else:
-            files.add_plain(plain, key, name, tensor, model, paths)
+            files.add_plain(plain, key, name, tensor, tables, paths)
     params, trained = files.fill(params, plain)
     leaves = dict(_leaf(path, layers, params) for path, layers in gains.items())
     return trees.with_fields(params, leaves), trained

@@ -16,8 +16,7 @@ import numpy as np
 from lorax_ft import trees
 from lorax_ft.interop import files
 from lorax_ft.methods import DoRA, LoRA
-from lorax_ft.models.hugging_face import is_turned
-from lorax_ft.models.model import Model, hugging_face_name
+from lorax_ft.models.hugging_face import Tables, is_turned, module_name
 
 PREFIX = "base_model.model."
 
@@ -42,18 +41,18 @@ _TENSOR = re.compile(
 
 
 def to_peft(
-    model: Model, params: Any, trainable: trees.Patterns, *, dropout: float, rslora: bool
+    tables: Tables, params: Any, trainable: trees.Patterns, *, dropout: float, rslora: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(fields of the config, tensors) of the LoRA leaves and of the arrays that are saved whole."""
-    tensors, modules = _adapter_tensors(model, params)
-    saved, biases = files.plain_tensors(model, params, trainable, set(modules))
+    tensors, modules = _adapter_tensors(tables, params)
+    saved, biases = files.plain_tensors(tables, params, trainable, set(modules))
     config = {
         **_ranks_and_alphas(modules, rslora),
         "bias": biases,
-        "fan_in_fan_out": _fan_in_fan_out(model, params),
+        "fan_in_fan_out": _fan_in_fan_out(tables, params),
         "init_lora_weights": True,
         "lora_dropout": dropout,
-        "modules_to_save": files.modules_of(saved, biases),
+        "modules_to_save": files.modules_of(saved, biases, tables),
         "target_modules": sorted(modules),
         "use_dora": any(isinstance(v, DoRA) for v in trees.flatten(params).values()),
         "use_rslora": rslora,
@@ -61,18 +60,16 @@ def to_peft(
     return config, {PREFIX + name: tensor for name, tensor in {**tensors, **saved}.items()}
 
 
-def _fan_in_fan_out(model: Model, params: Any) -> bool:
+def _fan_in_fan_out(tables: Tables, params: Any) -> bool:
     """PEFT's word for adapted kernels that are stored [in, out]; the factors are the same."""
     return any(
-        isinstance(value, (LoRA, DoRA))
-        and path.endswith("/kernel")
-        and not is_turned(model.family.tables, path)
+        isinstance(value, (LoRA, DoRA)) and path.endswith("/kernel") and not is_turned(tables, path)
         for path, value in trees.flatten(params).items()
     )
 
 
 def _adapter_tensors(
-    model: Model, params: Any
+    tables: Tables, params: Any
 ) -> tuple[dict[str, Any], dict[str, tuple[int, float]]]:
     """Tensors by PEFT's name, and the (rank, scale) of each adapted module."""
     tensors, modules = {}, {}
@@ -84,7 +81,7 @@ def _adapter_tensors(
             rank = int(lora.rank[index])
             if rank == 0:
                 continue
-            name = hugging_face_name(model, path, *index)
+            name = module_name(tables.names, path, *index)
             modules[name] = (rank, float(lora.scale[index]))
             a, b = np.asarray(lora.a[index])[:rank], np.asarray(lora.b[index])[:rank].T
             if path.endswith("/embedding"):
@@ -117,13 +114,14 @@ def _ranks_and_alphas(modules: Mapping[str, tuple[int, float]], rslora: bool) ->
 
 
 def from_peft(
-    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], model: Model, params: Any
+    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], tables: Tables, params: Any
 ) -> tuple[Any, tuple[str, ...]]:
     """Params with LoRA leaves, and the patterns of the arrays that were saved whole."""
     _check(config)
-    adapters, plain = _sorted_tensors(tensors, model, params)
+    adapters, plain = _sorted_tensors(tensors, tables, params)
+    files.warn_of_orientation(config, adapters, tables)
     parameters = trees.flatten(params)
-    leaves = {p: _leaf(p, parameters[p], layers, model, config) for p, layers in adapters.items()}
+    leaves = {p: _leaf(p, parameters[p], layers, tables, config) for p, layers in adapters.items()}
     params, trained = files.fill(params, plain)
     return trees.with_fields(params, leaves), trained
 
@@ -142,7 +140,7 @@ Layers = dict[int | None, dict[str, np.ndarray]]
 
 
 def _sorted_tensors(
-    tensors: Mapping[str, np.ndarray], model: Model, params: Any
+    tensors: Mapping[str, np.ndarray], tables: Tables, params: Any
 ) -> tuple[dict[str, Layers], files.Pieces]:
     """Adapter tensors by our path and layer, and plain tensors by our path and layer."""
     adapters: dict[str, Layers] = collections.defaultdict(lambda: collections.defaultdict(dict))
@@ -154,16 +152,16 @@ def _sorted_tensors(
         if match and not match["bias"]:
             part = match["part"] or match["embedding"] or match["magnitude"]
             kinds = ("embedding",) if match["embedding"] else ("kernel",)
-            path, layer = files.our_path(key, match["module"], kinds, model, paths)
+            path, layer = files.our_path(key, match["module"], kinds, tables, paths)
             adapters[path][layer][part.removeprefix("lora_").removeprefix("embedding_")] = tensor
         else:
             name = f"{match['module']}.bias" if match else name
-            files.add_plain(plain, key, name, tensor, model, paths)
+            files.add_plain(plain, key, name, tensor, tables, paths)
     return adapters, plain
 
 
 def _leaf(
-    path: str, base: Any, layers: Layers, model: Model, config: Mapping[str, Any]
+    path: str, base: Any, layers: Layers, tables: Tables, config: Mapping[str, Any]
 ) -> LoRA | DoRA:
     """One parameter's leaf from the tensors of its layers; layers without an adapter get rank 0."""
     stacked = None not in layers
@@ -175,7 +173,7 @@ def _leaf(
             raise ValueError(
                 f"load_peft: {path}, layer {layer}: found {sorted(parts)}, not {sorted(wanted)}."
             )
-        rows[layer or 0] = _layer(path, layer, base, parts, model, config)
+        rows[layer or 0] = _layer(path, layer, base, parts, tables, config)
     if config.get("use_dora") and None in rows:
         without = [i for i, row in enumerate(rows) if row is None]
         raise ValueError(f"load_peft: {path}: layers {without} have no DoRA.")
@@ -224,12 +222,12 @@ def _layer(
     layer: int | None,
     base: Any,
     parts: Mapping[str, np.ndarray],
-    model: Model,
+    tables: Tables,
     config: Mapping[str, Any],
 ) -> _Layer:
     a, b = parts["A"], parts["B"].T
     core = tuple(base.shape[-2:])
-    module = hugging_face_name(model, path, layer)
+    module = module_name(tables.names, path, layer)
     rank = int(_pattern(config.get("rank_pattern"), module, config["r"]))
     if a.shape != (rank, core[0]) or b.shape != (rank, core[1]):
         raise ValueError(

@@ -43,7 +43,8 @@ def to_peft(
         for path in trees.select(trees.flatten(params), trainable, field="trainable")
         if not path.startswith(("prompt/", "prefix/"))
     ]
-    saved, biases = files.plain_tensors(model, own, [re.escape(path) for path in chosen])
+    patterns = [re.escape(path) for path in chosen]
+    saved, biases = files.plain_tensors(model.family.tables, own, patterns)
     is_prefix = "prefix" in params
     if is_prefix and seq2seq.is_seq2seq(model):
         vectors, layers = seq2seq.prefix_rows(params, model.config), model.config.num_hidden_layers
@@ -58,12 +59,11 @@ def to_peft(
     length = vectors.shape[0]
     if not is_prefix and seq2seq.is_seq2seq(model):
         vectors = seq2seq.prompt_rows(vectors, params["prompt"])
-    heads = model.config.num_attention_heads
-    if is_prefix:
-        heads = getattr(model.config, "kv_heads", heads)
     config = {
-        "modules_to_save": files.modules_of(saved, biases),
-        "num_attention_heads": heads,
+        "modules_to_save": files.modules_of(saved, biases, model.family.tables),
+        "num_attention_heads": (
+            model.config.kv_heads if is_prefix else model.config.num_attention_heads
+        ),
         "num_layers": layers,
         "num_transformer_submodules": 2 if seq2seq.is_seq2seq(model) else 1,
         "num_virtual_tokens": length,
@@ -78,10 +78,22 @@ def to_peft(
 
 
 def from_peft(
-    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], model: Model, params: Any
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    model: Model | None,
+    params: Any,
 ) -> tuple[Any, tuple[str, ...]]:
-    """Params with a `prompt` or `prefix` beside, and the patterns of what is trained."""
+    """Params with a `prompt` or `prefix` beside, and the patterns of what is trained.
+
+    Raises ValueError where `model` is None, for vectors of another size than the model's, and
+    where `files` raises.
+    """
     files.check_fields(config, READ, required=("num_virtual_tokens",))
+    if model is None:
+        raise ValueError(
+            f"load_peft: peft_type {config['peft_type']} stands before the tokens of a built-in "
+            "model: give the `Model`, not the names of modules."
+        )
     if TENSOR not in tensors:
         raise ValueError(f"load_peft: {files.WEIGHTS} holds no {TENSOR!r}.")
     paths = trees.flatten(params)
@@ -89,7 +101,7 @@ def from_peft(
     for key, tensor in tensors.items():
         if key != TENSOR:
             name = key.removeprefix("base_model.model.").removeprefix(PREFIX)
-            files.add_plain(plain, key, name, tensor, model, paths)
+            files.add_plain(plain, key, name, tensor, model.family.tables, paths)
     params, trained = files.fill(params, plain)
     vectors, length = tensors[TENSOR], int(config["num_virtual_tokens"])
     is_prefix = config["peft_type"] == "PREFIX_TUNING"
@@ -115,8 +127,7 @@ def from_peft(
 
 def _with_prefix(vectors: np.ndarray, model: Model, params: Any) -> Any:
     config = model.config
-    head_dim = getattr(config, "size_of_head", config.hidden_size // config.num_attention_heads)
-    width = getattr(config, "kv_heads", config.num_attention_heads) * head_dim
+    width = config.kv_heads * config.size_of_head
     layers, length = config.num_hidden_layers, vectors.shape[0]
     if vectors.shape[1] != 2 * layers * width:
         raise ValueError(

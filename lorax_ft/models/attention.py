@@ -373,6 +373,15 @@ def rotate(x: Array, cosines: Array, sines: Array) -> Array:
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
+def halved_rows(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows `[heads * head_dim, ...]` whose pairs are (2i, 2i + 1), in the order of `rotate`.
+
+    Meta's own LLaMA files have queries and keys so; Hugging Face's have them as `rotate` does.
+    """
+    pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
 def _llama3(frequencies: np.ndarray, config: RotaryConfig) -> np.ndarray:
     """Long waves are slowed by `factor`, short ones kept, those between interpolated."""
     waves = config.original_max_position_embeddings * frequencies / (2 * math.pi)

@@ -105,6 +105,15 @@ class BertConfig:
         """The longest sequence that has positions."""
         return self.max_position_embeddings - self.first_position
 
+    @property
+    def kv_heads(self) -> int:
+        """How many heads keys and values have: as many as queries."""
+        return self.num_attention_heads
+
+    @property
+    def size_of_head(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
     @classmethod
     def from_hugging_face(
         cls, raw: Mapping[str, Any], ignore_fields: tuple[str, ...] = ()
@@ -268,8 +277,8 @@ class BertLayer(nn.Module):
         config, compute = self.config, self.compute
         attention = Attention(
             num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_attention_heads,
-            head_dim=config.hidden_size // config.num_attention_heads,
+            num_kv_heads=config.kv_heads,
+            head_dim=config.size_of_head,
             compute=compute,
             dropout_rate=config.attention_probs_dropout_prob,
             stddev=config.initializer_range,

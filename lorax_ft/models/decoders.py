@@ -30,6 +30,8 @@ LLAMA_NAMES: Names = {
     "score": "score",
 }
 
+ROTATED = ("layers/attention/query/", "layers/attention/key/")  # by rotary positions
+
 QWEN3_NAMES: Names = {
     **LLAMA_NAMES,
     "layers/attention/query_norm": "model.layers.{layer}.self_attn.q_norm",

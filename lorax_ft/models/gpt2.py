@@ -113,6 +113,15 @@ class Gpt2Config:
         """The longest sequence that has positions."""
         return self.max_position_embeddings
 
+    @property
+    def kv_heads(self) -> int:
+        """How many heads keys and values have: as many as queries."""
+        return self.num_attention_heads
+
+    @property
+    def size_of_head(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
     @classmethod
     def from_hugging_face(
         cls, raw: Mapping[str, Any], ignore_fields: tuple[str, ...] = ()
@@ -219,8 +228,8 @@ class Gpt2Layer(nn.Module):
         config, compute = self.config, self.compute
         attention = Attention(
             num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_attention_heads,
-            head_dim=config.hidden_size // config.num_attention_heads,
+            num_kv_heads=config.kv_heads,
+            head_dim=config.size_of_head,
             compute=compute,
             is_fused=True,
             is_causal=True,

@@ -7,11 +7,12 @@ new head of the task.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -19,8 +20,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_ft.leaves import is_leaf
-from lorax_ft.models.hugging_face import in_layer, is_stacked, is_turned
+from lorax_ft.models.attention import halved_rows
+from lorax_ft.models.decoders import ROTATED
+from lorax_ft.models.four_bit import (
+    check_quantization,
+    four_bit_files,
+    layer_of,
+    quantization_config,
+    tensors_of,
+)
+from lorax_ft.models.hugging_face import in_layer, is_stacked, is_turned, split_layer
 from lorax_ft.models.layers import Array, PyTree
+from lorax_ft.models.llama import LlamaConfig
 from lorax_ft.models.matching import (
     Checkpoint,
     check_complete,
@@ -38,6 +49,7 @@ from lorax_ft.models.tensor_files import (
     write_json,
     write_tensors,
 )
+from lorax_ft.quantization import FourBit
 from lorax_ft.trees import flatten, flatten_arrays, map_with_path
 
 Transform = Callable[[str, Array], Any]
@@ -67,9 +79,10 @@ def load(
     key: Array | None = None,
     transform: Transform | None = None,
     ignore_fields: tuple[str, ...] = (),
+    interleaved_rotary: bool = False,
     **overrides: Any,
 ) -> tuple[Model, PyTree]:
-    """Reads a model and its parameters.
+    """Reads a model and its parameters; weights in four bits, of bitsandbytes, stay in them.
 
     Args:
         path_or_id: a directory with config.json and safetensors, or the name of one on the Hugging
@@ -80,8 +93,10 @@ def load(
         key: for a head of the task that the checkpoint lacks, which is reported to `logging`.
         transform: `(path, array) -> array or leaf`, applied to each parameter as soon as it is
             read, so that the whole is never in memory. Of stacked layers it sees one at a time, and
-            the arrays of what it returns are stacked.
+            the arrays of what it returns are stacked. What is in four bits already it does not see.
         ignore_fields: fields of config.json that are not known here and change nothing.
+        interleaved_rotary: queries and keys are in the order of Meta's own LLaMA files, and are put
+            into that of Hugging Face's.
         **overrides: fields of `ComputeConfig` (dtype, scan_layers, remat, ...) or of the model's
             config.
 
@@ -89,15 +104,22 @@ def load(
     for what is damaged, left over or not handled.
     """
     directory = find_directory(path_or_id)
+    raw = read_json(directory / "config.json")
+    if quantization := raw.pop("quantization_config", None):
+        check_quantization(quantization)
     model = build(
-        read_json(directory / "config.json"),
+        raw,
         task=task,
         num_labels=num_labels,
         ignore_fields=ignore_fields,
         **overrides,
     )
+    if interleaved_rotary and not isinstance(model.config, LlamaConfig):
+        raise ValueError(
+            "load: interleaved_rotary is for models with rotary positions: leave it out."
+        )
     with open_tensors(directory) as tensors:
-        checkpoint = named(model, tensors)
+        checkpoint = named(model, four_bit_files(tensors) if quantization else tensors)
         model = with_own_head(model, checkpoint)
         paths = new_parameters(model, checkpoint, resized=num_labels is not None)
         check_complete(model, checkpoint, paths)
@@ -106,9 +128,16 @@ def load(
         def parameter(path: str, shape: jax.ShapeDtypeStruct) -> Any:
             if path in new:
                 return new[path] if transform is None else transform(path, new[path])
-            return _read(model, checkpoint, path, shape, transform)
+            return _read(model, checkpoint, path, shape, transform, interleaved_rotary)
 
         return model, map_with_path(parameter, model.shapes())
+
+
+def new_heads(path_or_id: str | pathlib.Path, model: Model) -> list[str]:
+    """Paths of what `load` starts anew for a model: heads that the checkpoint lacks, or has for
+    other classes. Raises as `load` does for files that are missing or damaged."""
+    with open_tensors(find_directory(path_or_id)) as tensors:
+        return new_parameters(model, named(model, tensors), resized=True)
 
 
 def find_directory(path_or_id: str | pathlib.Path) -> pathlib.Path:
@@ -141,48 +170,55 @@ def save(
 
     Args:
         directory: new, or empty.
-        params: plain arrays; merge adapters and dequantise first.
+        params: plain arrays, and NF4 or FP4 leaves, which are written as bitsandbytes writes them;
+            merge adapters first.
         tokenizer_files_from: a directory whose tokenizer files are copied.
         max_shard_bytes: a larger model is cut into files of at most this size, with an index.
 
-    Raises ValueError where `directory` is not empty or `params` are not the model's.
+    Raises ValueError where `directory` is not empty, `params` are not the model's, or their leaves
+    are of different kinds.
     """
     _check_parameters(model, params)
-    tables, names = model.family.tables, {}
-    for path, array in flatten(params).items():
-        for layer, name in tensor_names(model, path, array.shape).items():
-            names[name.removeprefix(tables.prefix) if model.task == "encoder" else name] = (
-                path,
-                layer,
-            )
-    arrays = flatten(params)
+    parameters = flatten(params)
+    places = _places(model, parameters)
 
-    def read(name: str) -> np.ndarray:
-        path, layer = names[name]
-        array = np.asarray(arrays[path] if layer is None else arrays[path][layer])
-        return array.T if is_turned(tables, path) else array
+    @functools.lru_cache(maxsize=1)  # the tensors of a four-bit weight are asked for one by one
+    def tensors(name: str) -> dict[str, np.ndarray]:
+        path, layer = places[name]
+        value = parameters[path]
+        if is_leaf(value):
+            return tensors_of(name, layer_of(value, layer))
+        array = np.asarray(value if layer is None else value[layer])
+        return {name: array.T if is_turned(model.family.tables, path) else array}
 
-    sizes = {
-        name: arrays[path].nbytes // (1 if layer is None else arrays[path].shape[0])
-        for name, (path, layer) in names.items()
-    }
-    architecture = next(name for name, task in tables.tasks.items() if task == model.task)
-    config = {"architectures": [architecture], "dtype": str(next(iter(arrays.values())).dtype)}
+    sizes, owners = {}, {}
+    for name, (path, layer) in places.items():
+        if is_leaf(parameters[path]):
+            sizes |= {part: tensor.nbytes for part, tensor in tensors(name).items()}
+            owners |= dict.fromkeys(tensors(name), name)
+        else:
+            count = 1 if layer is None else parameters[path].shape[0]
+            sizes[name], owners[name] = parameters[path].nbytes // count, name
     with new_directory(pathlib.Path(directory)) as new:
-        write_tensors(new, sizes, read, max_shard_bytes)
-        write_json(new / "config.json", {**model.config.to_hugging_face(), **config})
+        write_tensors(new, sizes, lambda name: tensors(owners[name])[name], max_shard_bytes)
+        write_json(new / "config.json", _config(model, parameters, places))
         if tokenizer_files_from is not None:
             _copy_tokenizer(pathlib.Path(tokenizer_files_from), new)
 
 
-def fingerprint(params: PyTree) -> str:
-    """A SHA-256 over each array's name, dtype, shape and bytes, layers stacked or not."""
+def fingerprint(params: PyTree, without: Collection[str] = ()) -> str:
+    """A SHA-256 over each array's name, dtype, shape and bytes, layers stacked or not.
+
+    `without` names arrays to leave out, `layers_3/...` of a layer.
+    """
     lines = []
     for path, array in flatten_arrays(params).items():
         array = np.asarray(array)
         stacked = is_stacked(path)
         for i, part in enumerate(array if stacked else [array]):
             name = in_layer(path, i) if stacked else path
+            if name in without:
+                continue
             content = hashlib.sha256(np.ascontiguousarray(part).tobytes()).hexdigest()
             lines.append(f"{name} {part.dtype} {list(part.shape)} {content}")
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
@@ -197,18 +233,39 @@ def _read(
     path: str,
     shape: jax.ShapeDtypeStruct,
     transform: Transform | None,
+    interleaved_rotary: bool,
 ) -> Any:
     """One parameter, in our orientation and dtype; layers stacked."""
 
-    def layer(name: str) -> np.ndarray:
-        array = checkpoint.read(name).astype(shape.dtype, copy=False)
+    rotated = interleaved_rotary and split_layer(path)[0].startswith(ROTATED)
+
+    def layer(name: str) -> Any:
+        value = checkpoint.read(name)
+        if is_leaf(value):
+            if rotated:
+                raise ValueError(
+                    f"{checkpoint.where(name)}: a four-bit weight cannot be reordered."
+                )
+            return jax.tree.map(jnp.asarray, value.astype(shape.dtype))
+        array = value.astype(shape.dtype, copy=False)
+        array = halved_rows(array, model.config.size_of_head) if rotated else array
         return array.T if is_turned(model.family.tables, path) else array
 
     names = tensor_names(model, path, shape.shape)
-    if transform is None:
+    if transform is None and not any(map(checkpoint.is_four_bit, names.values())):
         arrays = [layer(name) for name in names.values()]
         return jnp.asarray(arrays[0] if None in names else np.stack(arrays))
-    parts = [transform(path, jnp.asarray(layer(name))) for name in names.values()]
+    parts = []
+    for name in names.values():
+        part = layer(name)
+        if transform is not None and not is_leaf(part):
+            part = transform(path, jnp.asarray(part))
+        parts.append(part)
+    if len({jax.tree.structure(part) for part in parts}) > 1:
+        raise ValueError(
+            f"{checkpoint.directory}: the layers of {path} are not all kept alike, some of them in "
+            "four bits: they cannot be stacked. Pass scan_layers=False."
+        )
     return parts[0] if None in names else jax.tree.map(lambda *fields: jnp.stack(fields), *parts)
 
 
@@ -236,15 +293,46 @@ def _start(
 # --- Writing --------------------------------------------------------------------------------------
 
 
+def _places(model: Model, parameters: dict[str, Any]) -> dict[str, tuple[str, int | None]]:
+    """The path and the layer of each tensor by its name in the file."""
+    tables, places = model.family.tables, {}
+    for path, array in parameters.items():
+        for layer, name in tensor_names(model, path, array.shape).items():
+            name = name.removeprefix(tables.prefix) if model.task == "encoder" else name
+            places[name] = (path, layer)
+    return places
+
+
+def _config(
+    model: Model, parameters: dict[str, Any], places: dict[str, tuple[str, int | None]]
+) -> dict[str, Any]:
+    """The config.json."""
+    tables = model.family.tables
+    architecture = next(name for name, task in tables.tasks.items() if task == model.task)
+    dtype = str(next(value.dtype for value in parameters.values() if not is_leaf(value)))
+    config = {**model.config.to_hugging_face(), "architectures": [architecture], "dtype": dtype}
+    if kernels := {path: value for path, value in parameters.items() if is_leaf(value)}:
+        linear = {
+            name.removesuffix(".weight"): parameters[path]
+            for name, (path, _) in places.items()
+            if path.endswith("/kernel")
+        }
+        tied = {
+            name.removesuffix(".weight"): None for name in tables.tied if name.endswith("weight")
+        }
+        config["quantization_config"] = quantization_config(kernels, {**tied, **linear})
+    return config
+
+
 def _check_parameters(model: Model, params: PyTree) -> None:
     expected, found = flatten(model.shapes()), flatten(params)
     if different := sorted(set(expected) ^ set(found)):
         raise ValueError(f"The parameters are not the model's: they differ in {different[:5]}.")
     for path, value in found.items():
-        if is_leaf(value):
+        if is_leaf(value) and not isinstance(value, FourBit):
             raise ValueError(
-                f"{path} is a {type(value).__name__} leaf, and the directory holds plain arrays: "
-                "merge adapters and dequantise first."
+                f"{path} is a {type(value).__name__} leaf, and the directory holds plain arrays "
+                "and four-bit weights: merge adapters, and dequantise other leaves, first."
             )
         if value.shape != expected[path].shape:
             raise ValueError(

@@ -23,12 +23,14 @@ class Tables:
     """What Hugging Face calls the parts of one family of models."""
 
     names: Names
-    tasks: Mapping[str, str]  # by transformers' class names; the first of a task is the one written
-    prefix: str  # of names in a model with a head, which those of a bare one lack
 
-    heads: tuple[str, ...]  # modules that a task may leave unread
-    new_heads: tuple[str, ...]  # those of them that start anew where a checkpoint lacks them
-    classifier: tuple[str, ...]  # those that classify, which no pretrained checkpoint has
+    # By transformers' class names; the first of a task is the one written.
+    tasks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    prefix: str = ""  # of names in a model with a head, which those of a bare one lack
+
+    heads: tuple[str, ...] = ()  # modules that a task may leave unread
+    new_heads: tuple[str, ...] = ()  # those of them that start anew where a checkpoint lacks them
+    classifier: tuple[str, ...] = ()  # those that classify, which no pretrained checkpoint has
 
     # What a checkpoint may hold beside these: buffers and heads of other tasks, and repetitions.
     foreign: tuple[str, ...] = ()

@@ -6,11 +6,13 @@ import dataclasses
 import logging
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from lorax_ft.models import hugging_face
+from lorax_ft.models.four_bit import FourBitFiles
 from lorax_ft.models.model import Model
 from lorax_ft.models.t5 import T5Config
 from lorax_ft.models.tensor_files import TensorFiles
@@ -23,7 +25,7 @@ logger = logging.getLogger(__name__)
 class Checkpoint:
     """A checkpoint's tensors by the names that the family's tables use."""
 
-    tensors: TensorFiles
+    tensors: TensorFiles | FourBitFiles
     file_names: Mapping[str, str]  # the checkpoint's own name for each
 
     @property
@@ -33,7 +35,11 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors.shape(self.file_names[name])
 
-    def read(self, name: str) -> np.ndarray:
+    def is_four_bit(self, name: str) -> bool:
+        """Whether `read` gives a four-bit leaf, whose kernel is `[in, out]`."""
+        return self.file_names[name] in self.tensors.four_bit
+
+    def read(self, name: str) -> Any:
         array = self.tensors.read(self.file_names[name])
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{self.where(name)} has dtype {array.dtype}, not a float.")
@@ -44,7 +50,7 @@ class Checkpoint:
         return f"{self.tensors.file_of[own]}: the tensor {own!r}"
 
 
-def named(model: Model, tensors: TensorFiles) -> Checkpoint:
+def named(model: Model, tensors: TensorFiles | FourBitFiles) -> Checkpoint:
     """Renames tensors as the tables do: old endings, and the prefix that a bare model lacks."""
     tables = model.family.tables
     whole = (*tables.names.values(), *tables.foreign, *tables.tied, *tables.copies)
@@ -127,11 +133,12 @@ def check_complete(model: Model, checkpoint: Checkpoint, new: list[str]) -> None
             continue
         shape = parameter.shape if None in names else parameter.shape[1:]
         turned = hugging_face.is_turned(model.family.tables, path)
-        expected = shape[::-1] if turned else shape
         for name in names.values():
             if name not in checkpoint.file_names:
                 missing.append(name)
-            elif checkpoint.shape(name) != expected:
+                continue
+            expected = shape[::-1] if turned or checkpoint.is_four_bit(name) else shape
+            if checkpoint.shape(name) != expected:
                 raise ValueError(
                     f"{checkpoint.where(name)} has shape {list(checkpoint.shape(name))}, but "
                     f"config.json makes it {list(expected)}."

@@ -9,8 +9,8 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import safetensors
@@ -29,6 +29,8 @@ class TensorFiles:
 
     file_of: Mapping[str, pathlib.Path]  # by tensor name
     handles: Mapping[pathlib.Path, Any]
+
+    four_bit: ClassVar[Collection[str]] = ()  # all that `read` gives are arrays
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.handles[self.file_of[name]].get_slice(name).get_shape())

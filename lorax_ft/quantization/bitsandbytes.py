@@ -16,6 +16,8 @@ from lorax_ft.quantization.nf4 import FP4, NF4, FourBit
 LEAVES: dict[str, type[FourBit]] = {"nf4": NF4, "fp4": FP4}
 """The leaf class of each `quant_type`."""
 
+_STATE = "weight.quant_state.bitsandbytes__"  # and the `quant_type`: the name of a JSON as bytes
+
 
 def to_bitsandbytes(kernel: FourBit) -> dict[str, np.ndarray]:
     """The state dict of a `Linear4bit` weight: `weight`, `weight.absmax` and so on.
@@ -54,9 +56,7 @@ def to_bitsandbytes(kernel: FourBit) -> dict[str, np.ndarray]:
             "nested_dtype": "float32",
             "nested_offset": float(kernel.offset),
         }
-    tensors[f"weight.quant_state.bitsandbytes__{name}"] = np.frombuffer(
-        json.dumps(state).encode(), np.uint8
-    )
+    tensors[f"{_STATE}{name}"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
     return tensors
 
 
@@ -71,9 +71,10 @@ def from_bitsandbytes(
 
     By default the kernel is `[in, out]`; give `kernel_shape` and `in_axes` for another arrangement
     of it, and `dtype` for another than the one that was quantised. Raises ValueError where a part
-    is missing or of another scheme.
+    is missing, unknown or of another scheme.
     """
     state = _state(tensors)
+    _check_parts(tensors)
     leaf_type: Any = LEAVES[state["quant_type"]]
     out_size, in_size = state["shape"]
     block_size = state["blocksize"]
@@ -106,14 +107,25 @@ def _quant_type(kernel: FourBit) -> str:
 
 
 def _state(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    prefix = "weight.quant_state.bitsandbytes__"
-    names = [key for key in tensors if key.startswith(prefix)]
-    if len(names) != 1 or names[0].removeprefix(prefix) not in LEAVES:
+    names = [key for key in tensors if key.startswith(_STATE)]
+    if len(names) != 1 or names[0].removeprefix(_STATE) not in LEAVES:
         raise ValueError(
-            f"from_bitsandbytes: expected one tensor named {prefix}nf4 or {prefix}fp4, "
+            f"from_bitsandbytes: expected one tensor named {_STATE}nf4 or {_STATE}fp4, "
             f"got {sorted(tensors)}."
         )
     return json.loads(np.asarray(tensors[names[0]]).tobytes())
+
+
+def _check_parts(tensors: Mapping[str, np.ndarray]) -> None:
+    nested = {"weight.nested_absmax", "weight.nested_quant_map"}
+    wanted = {"weight", "weight.absmax", "weight.quant_map"}
+    wanted |= nested if nested & set(tensors) else set()
+    found = {name for name in tensors if not name.startswith(_STATE)}
+    if found != wanted:
+        raise ValueError(
+            f"from_bitsandbytes: missing are {sorted(wanted - found)} and unknown are "
+            f"{sorted(found - wanted)}."
+        )
 
 
 def _nested(tensors: Mapping[str, np.ndarray], state: dict[str, Any]) -> tuple[Any, Any]:

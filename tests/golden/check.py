@@ -227,7 +227,7 @@ def trained_paths(model: Any, params: Any, expected: dict[str, Any]) -> list[str
         kinds = ("bias",) if suffix == "bias" else ("kernel", "embedding", "scale")
         if module_path(model, module) is None:
             raise ValueError(f"{name} is no parameter of this model")
-        found.append(files.our_path(name, module, kinds, model, paths)[0])
+        found.append(files.our_path(name, module, kinds, model.family.tables, paths)[0])
     return found
 
 
@@ -238,7 +238,7 @@ def named(model: Any, params: Any, trained: Any, case: dict[str, Any]) -> dict[s
     from safetensors.numpy import load_file
 
     if case["adapter"] is None:
-        tensors, _ = files.plain_tensors(model, params, trained)
+        tensors, _ = files.plain_tensors(model.family.tables, params, trained)
         return {name: np.asarray(tensor) for name, tensor in tensors.items()}
     with tempfile.TemporaryDirectory() as folder:
         save_peft(f"{folder}/adapter", model, params, trained)
