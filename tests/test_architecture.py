@@ -33,6 +33,7 @@ LAYERS = (
     "reports",
     "adapted",
     "experiment",
+    "sweeps",
     "finished",
     "cli",
 )
