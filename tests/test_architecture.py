@@ -33,8 +33,8 @@ LAYERS = (
     "reports",
     "adapted",
     "experiment",
-    "sweeps",
     "finished",
+    "sweeps",
     "cli",
 )
 HEAVY = {
@@ -44,8 +44,10 @@ HEAVY = {
     "matplotlib",
     "ml_collections",
     "optax",
+    "optuna",
     "orbax",
     "pandas",
+    "scipy",
     "sklearn",
     "tensorboardX",
     "tensorflow",

@@ -104,6 +104,11 @@ class Program:
         self._compiled: dict[Any, Any] = {}
 
     @property
+    def key_data(self) -> np.ndarray:
+        """Some member's key, for what needs one and not whose."""
+        return np.asarray(jax.random.key_data(training_key(0)))
+
+    @property
     def compiles(self) -> int:
         """How often the training step was compiled."""
         return len(self._compiled)
@@ -163,6 +168,11 @@ class Batches:
     def per_epoch(self) -> int:
         """How many an epoch has, of whichever order."""
         return self._steps(order_seed(self._config)).per_epoch
+
+    @property
+    def lengths(self) -> list[int]:
+        """The lengths that an epoch's batches are padded to, in one order."""
+        return [plan.length for plan in self._steps(order_seed(self._config)).plan(0)]
 
     def get(self, config: ExperimentConfig, number: int) -> Batch:
         """The batch of a run's step `number`."""

@@ -42,8 +42,7 @@ class Watch:
     """What is done about runs that go wrong, and who is told of those that do not."""
 
     collapse_patience: int | None = 3  # evaluations in a row of one class that end a run
-    tick: Callable[[Mapping[int, Slot]], None] = lambda slots: None  # after each
-    tell: Callable[[str], None] = print
+    tick: Callable[[Mapping[int, Slot]], None] = lambda slots: None  # called after each
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -228,16 +227,15 @@ def _ending(
     state: State, stepped: list[Slot], queue: Queue, watch: Watch
 ) -> dict[int, tuple[Slot, str]]:
     """The slots whose runs are over, and why."""
-    ending = {}
-    for i, slot in state.slots.items():
-        if slot in stepped and (outcome := _outcome(slot, queue, watch)):
-            ending[i] = (slot, outcome)
-    return ending
+    for slot in stepped:
+        if slot.evaluation is not None:
+            queue.report(slot.run, slot.progress.step, slot.evaluation.metrics)
+    outcomes = {i: _outcome(s, queue, watch) for i, s in state.slots.items() if s in stepped}
+    return {i: (state.slots[i], outcome) for i, outcome in outcomes.items() if outcome}
 
 
 def _outcome(slot: Slot, queue: Queue, watch: Watch) -> str | None:
-    step = slot.progress.step
-    pruned = slot.evaluation is not None and queue.report(slot.run, step, slot.evaluation.metrics)
+    pruned = slot.evaluation is not None and queue.prunes(slot.run, slot.progress.step)
     if outcome := outcome_of(False, slot.progress, slot.total, slot.config):
         return outcome
     if slot.tally.nonfinite > slot.config.max_nonfinite:
@@ -357,7 +355,7 @@ def _restore(
     """The state of the last checkpoint, or one whose slots are all free."""
     stack = program.empty()
     keeps_best = any(run.config.train.best_metric for run in program.group.runs)
-    keys = np.zeros((program.slots, *program.start(program.group.first).key.shape), np.uint32)
+    keys = np.zeros((program.slots, *program.key_data.shape), np.uint32)
     best = members.empty(program.shapes.train, program.slots) if keeps_best else None
     state = State(stack=stack, best=best, keys=keys, slots={})
     snapshot = checkpoints.restore(
@@ -368,9 +366,8 @@ def _restore(
     state.ticks = snapshot.step
     state.best = snapshot.train["best"]
     state.stack = Stack(snapshot.train["train"], snapshot.opt_state, stack.own)
-    known = {run.name: run for run in program.group.runs}
     for saved in snapshot.progress["slots"]:
-        run, i = known[saved["run"]], saved["slot"]
+        run, i = queue.known(saved["run"]), saved["slot"]
         if runs.read_results(directory / run.name):
             continue
         queue.resumed(run)
