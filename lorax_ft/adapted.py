@@ -63,7 +63,7 @@ def load_base(config: ExperimentConfig, task: str, label_names: tuple[str, ...] 
         task=task,
         num_labels=labels,
         key=_keys(config)[0],
-        transform=None if quantization is None or _decomposes(config) else _quantizer(quantization),
+        transform=None if quantization is None or decomposes(config) else _quantizer(quantization),
         ignore_fields=config.model.ignore_fields,
         **dataclasses.asdict(config.model.compute),
         **config.model.overrides,
@@ -118,7 +118,7 @@ def with_head(base: Base, config: ExperimentConfig) -> PyTree:
         return base.params
     path = find_path(config.model.path)
     head = hub.new_head(path, base.model, _keys(config)[0], num_labels=base.num_labels)
-    if config.quantization is not None and not _decomposes(config):
+    if config.quantization is not None and not decomposes(config):
         transform = _quantizer(config.quantization)
         head = {path: transform(path, array) for path, array in head.items()}
     return trees.with_fields(base.params, head)
@@ -130,7 +130,7 @@ def _keys(config: ExperimentConfig) -> tuple[jax.Array, jax.Array]:
     return head, method
 
 
-def _decomposes(config: ExperimentConfig) -> bool:
+def decomposes(config: ExperimentConfig) -> bool:
     """Whether LoRA's start needs the float weights."""
     return config.lora is not None and config.lora.initialization in DECOMPOSITIONS
 

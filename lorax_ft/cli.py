@@ -309,10 +309,16 @@ def _sweep_flags(values: flags.FlagValues, argv: list[str]) -> None:
 
 def _report_flags(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string(
-        "metric", None, "a split's, as validation.accuracy (default: the sweep's)", flag_values=values
+        "metric",
+        None,
+        "a split's, as validation.accuracy (default: the sweep's)",
+        flag_values=values,
     )
     flags.DEFINE_enum(
-        "mode", None, ["max", "min"], "which of it is better (default: the sweep's)",
+        "mode",
+        None,
+        ["max", "min"],
+        "which of it is better (default: the sweep's)",
         flag_values=values,
     )
 

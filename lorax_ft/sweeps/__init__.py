@@ -2,6 +2,7 @@
 
 from lorax_ft.sweeps.directory import Row, best, read_rows, restore
 from lorax_ft.sweeps.groups import Group, Run, group_runs
+from lorax_ft.sweeps.report import write_report
 from lorax_ft.sweeps.spaces import (
     choice,
     draws,
@@ -44,5 +45,6 @@ __all__ = [
     "restore",
     "train",
     "uniform",
+    "write_report",
     "zipped",
 ]

@@ -1,7 +1,7 @@
 """The sweep directory: what stands in it, and the runs that it gives back.
 
-sweep.json       the base config, what the sweep varies, its runs, groups and slots
-runs/NAME/       a run directory for each run, as `lorax-ft train` leaves it
+sweep.json       the base config, what the sweep varies, how many runs, its groups and slots
+runs/NAME/       a run directory for each run, as `lorax-ft train` leaves it, and its member.json
 groups/NAME/     checkpoints of a group while it trains, and what successive halving decided
 study.db         Optuna's studies, where the sweep is a search
 report/          what `lorax-ft report` made
@@ -19,10 +19,11 @@ from typing import Any
 from lorax_ft import finished, runs
 from lorax_ft.config import ExperimentConfig, flat, to_dict
 from lorax_ft.models.tensor_files import read_json
+from lorax_ft.sweeps.groups import Run
 from lorax_ft.sweeps.specification import SweepConfig
 
 FORMAT = 1
-RECORD, RUNS, GROUPS = "sweep.json", "runs", "groups"
+RECORD, MEMBER, RUNS, GROUPS = "sweep.json", "member.json", "runs", "groups"
 
 
 def check_directory(directory: pathlib.Path, config: ExperimentConfig, sweep: SweepConfig) -> None:
@@ -95,22 +96,20 @@ class Row:
         return math.nan if value is None else float(value)
 
 
+def write_member(run_dir: pathlib.Path, run: Run, group: str) -> None:
+    """Says in a run's directory what the run is of its sweep."""
+    content = {"group": group, "changes": dict(run.changes)}
+    runs.write_text(run_dir / MEMBER, json.dumps(content, indent=2) + "\n")
+
+
 def read_rows(sweep_dir: str | pathlib.Path) -> list[Row]:
     """The finished runs of a sweep, in its order."""
-    directory = pathlib.Path(sweep_dir)
     rows = []
-    for run in read_record(directory)["runs"]:
-        path = directory / RUNS / run["name"]
-        if results := runs.read_results(path):
-            rows.append(
-                Row(
-                    name=run["name"],
-                    group=run["group"],
-                    changes=run["changes"],
-                    config=runs.read_config(path),
-                    results=results,
-                )
-            )
+    for path in sorted(pathlib.Path(sweep_dir).glob(f"{RUNS}/*")):
+        if (results := runs.read_results(path)) and (path / MEMBER).exists():
+            member = read_json(path / MEMBER)
+            config = runs.read_config(path)
+            rows.append(Row(name=path.name, config=config, results=results, **member))
     return rows
 
 

@@ -99,7 +99,7 @@ def make_plan(program: Program, compile_seconds: float, steps: Sequence[int]) ->
 def plan_table(plans: Sequence[Plan]) -> str:
     """The plans as lines of text, a group a line, and what they come to."""
     head = "group,runs,slots,compiles,base,a slot,step,in all,s/step,training"
-    rows = [head.split(",")]
+    rows: list[list[str]] = [[*head.split(",")]]
     for p in plans:
         sizes = (p.shared_bytes, p.slot_bytes, p.temporary_bytes, p.bytes)
         row = [p.group, *map(str, (p.runs, p.slots, p.compiles)), *map(bytes_text, sizes)]

@@ -53,6 +53,11 @@ class ListQueue:
         self._waiting = collections.deque(runs)
         self._rungs, self._metric, self._sign = rungs, metric, 1 if mode == "max" else -1
 
+    @property
+    def waiting(self) -> tuple[Run, ...]:
+        """The runs that are still to be given."""
+        return tuple(self._waiting)
+
     def next(self) -> Run | None:
         return self._waiting.popleft() if self._waiting else None
 

@@ -21,6 +21,7 @@ import numpy as np
 from lorax_ft import experiment, runs
 from lorax_ft.prediction import Evaluation
 from lorax_ft.sweeps import members
+from lorax_ft.sweeps.directory import write_member
 from lorax_ft.sweeps.evaluation import evaluate_slots
 from lorax_ft.sweeps.groups import Run
 from lorax_ft.sweeps.members import Stack
@@ -306,6 +307,7 @@ def _slot(
 ) -> Slot:
     path = directory / run.name
     runs.start_run(path, run.config)
+    write_member(path, run, program.group.name)
     write = writers.enter_context(
         open_records(path, progress.step or None, tensorboard=run.config.train.tensorboard)
     )

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lorax_ft.config import ExperimentConfig, key_names, parse, to_dict, unknown_key
+from lorax_ft.config import ExperimentConfig, flat, key_names, parse, to_dict, unknown_key
 from lorax_ft.sweeps.groups import Run
 from lorax_ft.sweeps.spaces import Distribution
 
@@ -147,6 +147,8 @@ def make_run(
 ) -> Run:
     """The run that has some keys of the config changed. Raises as `make_runs` does."""
     where = f"run {number}"
+    removed = tuple(f"{key}." for key, value in changes.items() if value is None)
+    changes = {key: value for key, value in changes.items() if not key.startswith(removed)}
     if sweep.same_order:
         seed = config.data.loader.seed
         changes = {**changes, "data.loader.seed": config.seed if seed is None else seed}
@@ -192,7 +194,5 @@ def _short(value: Any) -> str:
 
 def _differing(made: Sequence[Run]) -> list[str]:
     """The keys of `data` that not all runs have alike."""
-    from lorax_ft.config import flat
-
     configs = [flat(to_dict(run.config)["data"], "data") for run in made]
     return [key for key in configs[0] if any(c.get(key) != configs[0][key] for c in configs[1:])]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lorax_ft import runs
+from lorax_ft.adapted import decomposes
 from lorax_ft.config import ExperimentConfig, to_dict
 from lorax_ft.sweeps import planning
 from lorax_ft.sweeps.directory import (
@@ -22,7 +24,7 @@ from lorax_ft.sweeps.directory import (
     read_rows,
     write_record,
 )
-from lorax_ft.sweeps.groups import Group, Run, group_runs
+from lorax_ft.sweeps.groups import Group, group_runs
 from lorax_ft.sweeps.halving import Rungs
 from lorax_ft.sweeps.program import Program, Source, load_source
 from lorax_ft.sweeps.queue import ListQueue, Queue
@@ -38,8 +40,17 @@ class Work:
 
     program: Program
     queue: Queue
-    steps: tuple[int, ...]  # of the runs to come
+    steps: tuple[int, ...]  # of the runs to come; for a search, what they take at most
     plan: planning.Plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """A group and how to come by its runs."""
+
+    group: Group
+    count: int  # of all its runs
+    open_queue: Callable[[], tuple[Queue, int]]  # and how many runs are to come
 
 
 def train(
@@ -53,77 +64,107 @@ def train(
 
     Prints the plan first, and with `only_plan` nothing else happens. Raises before anything trains:
     ValueError for runs that the config does not allow and for a directory that holds something
-    else, RuntimeError for one that another sweep is at work in.
+    else, RuntimeError for one that another sweep is at work in, OSError for a storage that cannot
+    be reached, ImportError for a search without Optuna.
     """
     directory = pathlib.Path(sweep_dir)
     check_directory(directory, config, sweep)
-    made = make_runs(config, sweep)
-    groups = group_runs(made)
-    _check_metric(sweep, groups)
+    parts = _parts(config, sweep, directory)
+    _check_metric(sweep, [part.group for part in parts])
     slots = _begun(directory)
     if only_plan:
-        work = _prepare(groups, directory, sweep, slots)
+        work = _prepare(parts, sweep, slots, only_plan=True)
         print(planning.plan_table([w.plan for w in work]) if work else "Every run is finished.")
         return read_rows(directory) if slots else []
     with locks.run_lock(directory):
-        work = _prepare(groups, directory, sweep, slots)
+        work = _prepare(parts, sweep, slots)
         if work:
             print(planning.plan_table([w.plan for w in work]))
             slots |= {w.program.group.name: w.program.slots for w in work}
-        write_record(directory, _record(config, sweep, groups, slots))
-        _train_groups(work, directory, sweep, made)
+        groups = [{"name": name, "slots": count} for name, count in slots.items()]
+        count = sum(part.count for part in parts)
+        write_record(directory, {**describe(config, sweep), "groups": groups, "runs": count})
+        _train_groups(work, directory, sweep, count, config.train.progress_bar)
         rows = read_rows(directory)
         if rows:
             print(results_table(rows, sweep.metric, sweep.mode))
         return rows
 
 
+def _parts(config: ExperimentConfig, sweep: SweepConfig, directory: pathlib.Path) -> Sequence[Part]:
+    """The groups of a sweep, of the runs that it lists or of those that it may propose."""
+    if sweep.search is not None:
+        from lorax_ft.sweeps.study import StudyQueue, fields
+
+        def open_study(field: Any) -> tuple[Queue, int]:
+            queue = StudyQueue(field, config, sweep, directory)
+            return queue, queue.left
+
+        trials = sweep.search.trials
+        return [
+            Part(group=f.group, count=trials, open_queue=functools.partial(open_study, f))
+            for f in fields(config, sweep)
+        ]
+
+    def open_list(group: Group) -> tuple[Queue, int]:
+        waiting = [r for r in group.runs if not runs.read_results(directory / RUNS / r.name)]
+        rungs = None
+        if sweep.halving is not None:
+            rungs = Rungs(sweep.halving, directory / GROUPS / group.name / "halving.json")
+        metric = sweep.metric.partition(".")[2]
+        return ListQueue(waiting, rungs=rungs, metric=metric, mode=sweep.mode), len(waiting)
+
+    return [
+        Part(group=g, count=len(g.runs), open_queue=functools.partial(open_list, g))
+        for g in group_runs(make_runs(config, sweep))
+    ]
+
+
 def _prepare(
-    groups: Sequence[Group], directory: pathlib.Path, sweep: SweepConfig, slots: Mapping[str, int]
+    parts: Sequence[Part],
+    sweep: SweepConfig,
+    slots: Mapping[str, int],
+    *,
+    only_plan: bool = False,
 ) -> list[Work]:
     """The programs of the groups that are not finished, compiled and timed."""
     sources: dict[str, Source] = {}
     work = []
-    for group in groups:
-        waiting = [r for r in group.runs if not runs.read_results(directory / RUNS / r.name)]
-        if not waiting:
+    for part in parts:
+        group = part.group
+        if only_plan and sweep.search is not None:  # a study that is opened is made
+            queue, left = ListQueue(()), part.count
+        else:
+            queue, left = part.open_queue()
+        if not left:
             continue
         source = _source(sources, group.first)
-        _check_evaluations(sweep, source)
+        source.dataset.part(sweep.metric.partition(".")[0])  # raises where the split has no rows
         program, seconds = planning.make_program(
             source,
             group,
-            len(group.runs),
+            part.count,
             slots=slots.get(group.name, sweep.slots),
             memory=sweep.memory,
         )
-        steps = tuple(source.total_steps(run.config) for run in waiting)
-        work.append(
-            Work(
-                program=program,
-                queue=_queue(waiting, group, directory, sweep),
-                steps=steps,
-                plan=planning.make_plan(program, seconds, steps),
-            )
-        )
+        steps = _steps(source, group, queue, left)
+        plan = planning.make_plan(program, seconds, steps)
+        work.append(Work(program=program, queue=queue, steps=steps, plan=plan))
     return work
 
 
-def _queue(
-    waiting: Sequence[Run], group: Group, directory: pathlib.Path, sweep: SweepConfig
-) -> ListQueue:
-    rungs = None
-    if sweep.halving is not None:
-        rungs = Rungs(sweep.halving, directory / GROUPS / group.name / "halving.json")
-    metric = sweep.metric.partition(".")[2]
-    return ListQueue(waiting, rungs=rungs, metric=metric, mode=sweep.mode)
+def _steps(source: Source, group: Group, queue: Queue, left: int) -> tuple[int, ...]:
+    """The steps of the runs to come, or the most that they may take."""
+    if isinstance(queue, ListQueue) and queue.waiting:
+        return tuple(source.total_steps(run.config) for run in queue.waiting)
+    return (max(source.total_steps(run.config) for run in group.runs),) * left
 
 
 def _train_groups(
-    work: Sequence[Work], directory: pathlib.Path, sweep: SweepConfig, made: Sequence[Run]
+    work: Sequence[Work], directory: pathlib.Path, sweep: SweepConfig, count: int, shown: bool
 ) -> None:
-    shown = made[0].config.train.progress_bar
-    with _open_bar(sum(sum(w.steps) for w in work), len(made), directory, sweep, shown) as tick:
+    total = sum(sum(w.steps) for w in work)
+    with _open_bar(total, count, sweep, shown) as tick:
         for w in work:
             name = w.program.group.name
             outcome = train_group(
@@ -140,9 +181,7 @@ def _train_groups(
 
 
 @contextlib.contextmanager
-def _open_bar(
-    total: int, count: int, directory: pathlib.Path, sweep: SweepConfig, shown: bool
-) -> Iterator[Any]:
+def _open_bar(total: int, count: int, sweep: SweepConfig, shown: bool) -> Iterator[Any]:
     """Gives `tick(slots)`, which shows how far the sweep is and the best run so far."""
     from tqdm import tqdm
 
@@ -177,16 +216,10 @@ def _source(sources: dict[str, Source], config: ExperimentConfig) -> Source:
     """The model and data of a config, read once for all that have the same."""
     values = to_dict(config)
     key = repr((values["model"], values["data"]["source"], values["data"]["split"],
-                values["data"]["task"], values["quantization"], _decomposes(config)))  # fmt: skip
+                values["data"]["task"], values["quantization"], decomposes(config)))  # fmt: skip
     if key not in sources:
         sources[key] = load_source(config)
     return sources[key]
-
-
-def _decomposes(config: ExperimentConfig) -> bool:
-    from lorax_ft.adapted import DECOMPOSITIONS
-
-    return config.lora is not None and config.lora.initialization in DECOMPOSITIONS
 
 
 def _begun(directory: pathlib.Path) -> dict[str, int]:
@@ -194,17 +227,6 @@ def _begun(directory: pathlib.Path) -> dict[str, int]:
     with contextlib.suppress(FileNotFoundError):
         return {group["name"]: group["slots"] for group in read_record(directory)["groups"]}
     return {}
-
-
-def _record(
-    config: ExperimentConfig, sweep: SweepConfig, groups: Sequence[Group], slots: Mapping[str, int]
-) -> dict[str, Any]:
-    listed = {run.name: {"group": g.name, "changes": run.changes} for g in groups for run in g.runs}
-    return {
-        **describe(config, sweep),
-        "groups": [{"name": g.name, "slots": slots[g.name]} for g in groups if g.name in slots],
-        "runs": [{"name": name, **listed[name]} for name in sorted(listed)],
-    }
 
 
 def _check_metric(sweep: SweepConfig, groups: Sequence[Group]) -> None:
@@ -221,8 +243,3 @@ def _check_metric(sweep: SweepConfig, groups: Sequence[Group]) -> None:
                 "SweepConfig.halving needs evaluations on the way, but config.train.eval_every is "
                 "0. Set it to a number of steps, or to None for every epoch."
             )
-
-
-def _check_evaluations(sweep: SweepConfig, source: Source) -> None:
-    """Raises ValueError where the metric's split has no rows."""
-    source.dataset.part(sweep.metric.partition(".")[0])

@@ -115,10 +115,10 @@ def setting_of(row: Row) -> str:
         if key in ("seed", "data.loader.seed") or value is None:
             continue
         if isinstance(value, Mapping):
-            inner = ", ".join(f"{name}={_text(v)}" for name, v in value.items())
-            parts.append(f"{key}({inner})")
+            inner = ", ".join(f"{name}={cell_text(v)}" for name, v in value.items())
+            parts.append(f"{key}({inner})" if inner else key)
         else:
-            parts.append(f"{key}={_text(value)}")
+            parts.append(f"{key}={cell_text(value)}")
     return " ".join(parts) or method_names(row.config)
 
 
@@ -188,14 +188,14 @@ def _cost(row: Row) -> dict[str, Cell]:
 
 def _rows(records: Sequence[Mapping[str, Cell]]) -> list[list[str]]:
     names = list(records[0])
-    return [names, *([_text(record.get(name)) for name in names] for record in records)]
+    return [names, *([cell_text(record.get(name)) for name in names] for record in records)]
 
 
 def _cell(value: Any) -> Cell:
     return value if isinstance(value, str | int | float) or value is None else json.dumps(value)
 
 
-def _text(value: Any) -> str:
+def cell_text(value: Any) -> str:
     """A value as a table shows it: four digits behind the point, or four in all if it is small."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
