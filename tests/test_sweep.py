@@ -92,10 +92,9 @@ def test_a_run_of_a_sweep_is_what_lorax_ft_train_makes_of_its_config(swept, fold
     assert results["metrics"]["test"] == pytest.approx(row.results["metrics"]["test"], rel=1e-4)
     assert results["parameters"] == row.results["parameters"]
     told = [read_records(path) for path in (tmp_path / "alone", directory / "runs" / row.name)]
-    evaluations = [[r for r in records if r["kind"] == "eval"] for records in told]
-    for one, other in zip(*evaluations):
-        assert other == pytest.approx(one, rel=1e-4)
-    assert len(evaluations[0]) == len(evaluations[1]) == 3
+    losses = [[r["loss"] for r in records if r["kind"] == "eval"] for records in told]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert len(losses[0]) == 3
 
 
 def test_a_sweep_that_broke_off_ends_in_the_same_table_and_bytes(swept, folder, monkeypatch):
@@ -151,7 +150,7 @@ def test_the_report_has_every_run_in_a_page_of_its_own(swept, capsys):
     assert cli.main(["lorax-ft", "report", str(directory), "--metric=test.accuracy"]) == 0
 
     assert "Methods, each at its best setting" in capsys.readouterr().out
-    records = list(csv.DictReader((directory / "report" / "runs.csv").open()))
+    records = list(csv.DictReader((directory / "report" / "runs.csv").read_text().splitlines()))
     assert [r["run"] for r in records] == [row.name for row in rows]
     assert float(records[0]["test.accuracy"]) == rows[0].metric("test.accuracy")
     page = (directory / "report" / "index.html").read_text()

@@ -43,7 +43,8 @@ class Watch:
     """What is done about runs that go wrong, and who is told of those that do not."""
 
     collapse_patience: int | None = 3  # evaluations in a row of one class that end a run
-    tick: Callable[[Mapping[int, Slot]], None] = lambda slots: None  # called after each
+    tick: Callable[[Mapping[int, Slot]], None] = lambda slots: None  # called at each
+    end: Callable[[Slot], None] = lambda slot: None  # called when a run is over
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -57,6 +58,7 @@ class Slot:
     progress: Progress
     write: Callable[[str, int, Mapping[str, float | None]], None]
     tally: Tally
+    closing: contextlib.ExitStack  # closes its records
     collapsed: int = 0  # evaluations in a row that found one class
     evaluation: Evaluation | None = None  # of validation, at the present step
 
@@ -113,12 +115,11 @@ def train_group(
             clock = _share_time(state, clock)
             _record(state, stepped, per_epoch)
             _evaluate(state, program, stepped, per_epoch)
-            ending = _ending(state, stepped, queue, watch)
-            if ending:
-                _finish(state, program, ending, queue)
+            watch.tick(state.slots)
+            if ending := _ending(state, stepped, queue, watch):
+                _finish(state, program, ending, queue, watch)
             if is_due(config.train.checkpoint_every, state.ticks, -1, per_epoch):
                 _save(store, state)
-            watch.tick(state.slots)
 
 
 # --- A tick ---------------------------------------------------------------------------------------
@@ -247,7 +248,11 @@ def _outcome(slot: Slot, queue: Queue, watch: Watch) -> str | None:
 
 
 def _finish(
-    state: State, program: Program, ending: Mapping[int, tuple[Slot, str]], queue: Queue
+    state: State,
+    program: Program,
+    ending: Mapping[int, tuple[Slot, str]],
+    queue: Queue,
+    watch: Watch,
 ) -> None:
     """Evaluates runs that are over, writes their directories and frees their slots."""
     _read_all(state)
@@ -272,7 +277,9 @@ def _finish(
             progress=slot.progress,
             evaluations={part: found[part][i] for part in parts},
         )
+        slot.closing.close()
         queue.finish(slot.run, results)
+        watch.end(slot)
         del state.slots[i]
 
 
@@ -308,7 +315,8 @@ def _slot(
     path = directory / run.name
     runs.start_run(path, run.config)
     write_member(path, run, program.group.name)
-    write = writers.enter_context(
+    closing = writers.enter_context(contextlib.ExitStack())
+    write = closing.enter_context(
         open_records(path, progress.step or None, tensorboard=run.config.train.tensorboard)
     )
     return Slot(
@@ -319,6 +327,7 @@ def _slot(
         progress=progress,
         write=write,
         tally=Tally(nonfinite=progress.nonfinite),
+        closing=closing,
     )
 
 
@@ -369,9 +378,9 @@ def _restore(
     state.best = snapshot.train["best"]
     state.stack = Stack(snapshot.train["train"], snapshot.opt_state, stack.own)
     for saved in snapshot.progress["slots"]:
-        run, i = queue.known(saved["run"]), saved["slot"]
-        if runs.read_results(directory / run.name):
+        if runs.read_results(directory / saved["run"]):  # it ended after this checkpoint
             continue
+        run, i = queue.known(saved["run"]), saved["slot"]
         queue.resumed(run)
         slot = _slot(program, run, directory, Progress(**saved["progress"]), writers)
         slot.collapsed = saved["collapsed"]

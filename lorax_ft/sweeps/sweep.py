@@ -164,25 +164,19 @@ def _train_groups(
     work: Sequence[Work], directory: pathlib.Path, sweep: SweepConfig, count: int, shown: bool
 ) -> None:
     total = sum(sum(w.steps) for w in work)
-    with _open_bar(total, count, sweep, shown) as tick:
+    with _open_bar(total, count, sweep, shown) as watch:
         for w in work:
             name = w.program.group.name
-            outcome = train_group(
-                w.program,
-                w.queue,
-                directory / GROUPS / name,
-                directory / RUNS,
-                watch=Watch(collapse_patience=sweep.collapse_patience, tick=tick),
-            )
-            if outcome == "preempted":
+            folders = (directory / GROUPS / name, directory / RUNS)
+            if train_group(w.program, w.queue, *folders, watch=watch) == "preempted":
                 print("Stopped and saved; the same command goes on from there.")
                 return
-            shutil.rmtree(directory / GROUPS / name / "checkpoints", ignore_errors=True)
+            shutil.rmtree(folders[0] / "checkpoints", ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _open_bar(total: int, count: int, sweep: SweepConfig, shown: bool) -> Iterator[Any]:
-    """Gives `tick(slots)`, which shows how far the sweep is and the best run so far."""
+def _open_bar(total: int, count: int, sweep: SweepConfig, shown: bool) -> Iterator[Watch]:
+    """Gives a watch that shows how far the sweep is, and the best run so far."""
     from tqdm import tqdm
 
     with tqdm(total=total, unit="step", disable=not shown, dynamic_ncols=True) as bar:
@@ -199,7 +193,10 @@ def _open_bar(total: int, count: int, sweep: SweepConfig, shown: bool) -> Iterat
                 words += f", best {best[0]:.4f} ({best[1][:30]})"
             bar.set_postfix_str(words, refresh=False)
 
-        yield tick
+        def end(slot: Slot) -> None:
+            bar.total -= slot.total - slot.progress.step  # what an early end spares
+
+        yield Watch(collapse_patience=sweep.collapse_patience, tick=tick, end=end)
 
 
 def _keep_best(best: list[Any], slot: Slot, sweep: SweepConfig) -> None:
