@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lorax_ft import experiment, trees
-from lorax_ft.adapted import make_apply
+from lorax_ft.adapted import adapt, make_apply
 from lorax_ft.config import ExperimentConfig, parse
 from lorax_ft.sweeps import members
 from lorax_ft.sweeps.groups import Run, group_runs
@@ -72,12 +72,13 @@ def runs_of(folder, changes=None, **sections) -> list[Run]:
 
 def alone(config, steps=STEPS):
     """Losses and last trainable half of a run by itself."""
-    run = experiment.prepare(config)
     source = load_source(config)
+    adapted = adapt(source.base, config)
+    run = experiment.assemble(config, source.tokenizer, source.dataset, adapted)
     batches, total = Batches(source, config, 1), source.total_steps(config)
     tx = experiment.make_optimizer(config, total)
     step = make_train_step(make_apply(run.adapted.model), OBJECTIVES[run.dataset.task], tx)
-    key, train, opt_state, losses = experiment.training_key(config.seed), run.train, None, []
+    key, train, losses = experiment.training_key(config.seed), run.train, []
     opt_state = tx.init(train)
     for n in range(steps):
         batch = batches.get(config, n)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorax_ft.config import ExperimentConfig, flat, to_dict
+from lorax_ft.experiment import method_names
 from lorax_ft.methods.initialization import RANDOM
 
 # Keys that are arrays within a program, or that only the host reads.
@@ -99,8 +100,6 @@ def _is_among(key: str, names: set[str]) -> bool:
 
 def _names(configs: Sequence[ExperimentConfig]) -> list[str]:
     """A short name for each group: its methods, and a number where several have the same."""
-    from lorax_ft.experiment import method_names
-
     plain = [method_names(config).replace(" on ", "-").replace(" + ", "+") for config in configs]
     return [
         name if plain.count(name) == 1 else f"{name}-{plain[:i].count(name) + 1}"

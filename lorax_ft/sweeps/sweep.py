@@ -13,6 +13,7 @@ from typing import Any
 from lorax_ft import runs
 from lorax_ft.adapted import decomposes
 from lorax_ft.config import ExperimentConfig, to_dict
+from lorax_ft.prediction import Totals
 from lorax_ft.sweeps import planning
 from lorax_ft.sweeps.directory import (
     GROUPS,
@@ -32,6 +33,7 @@ from lorax_ft.sweeps.slots import Slot, Watch, train_group
 from lorax_ft.sweeps.specification import SweepConfig, make_runs
 from lorax_ft.sweeps.tables import results_table
 from lorax_ft.training import locks
+from lorax_ft.trees import nearest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,7 +141,7 @@ def _prepare(
         if not left:
             continue
         source = _source(sources, group.first)
-        source.dataset.part(sweep.metric.partition(".")[0])  # raises where the split has no rows
+        _check_evaluations(sweep, group, source)
         program, seconds = planning.make_program(
             source,
             group,
@@ -239,4 +241,22 @@ def _check_metric(sweep: SweepConfig, groups: Sequence[Group]) -> None:
             raise ValueError(
                 "SweepConfig.halving needs evaluations on the way, but config.train.eval_every is "
                 "0. Set it to a number of steps, or to None for every epoch."
+            )
+
+
+def _check_evaluations(sweep: SweepConfig, group: Group, source: Source) -> None:
+    """Raises ValueError for a metric of a split without rows, or that no evaluation has."""
+    dataset, (part, _, metric) = source.dataset, sweep.metric.partition(".")
+    dataset.part(part)
+    known = Totals(dataset.task, dataset.label_names).evaluation().metrics
+    asked = {"SweepConfig.metric": metric}
+    for run in group.runs:
+        if run.config.train.best_metric is not None:
+            dataset.part("validation")
+            asked[f"{run.name}: config.train.best_metric"] = run.config.train.best_metric
+    for field, name in asked.items():
+        if name not in known:
+            near = nearest(name, known) or known
+            raise ValueError(
+                f"{field}: the evaluation has no {name!r}; nearest: {', '.join(near)}."
             )

@@ -196,9 +196,13 @@ def _cell(value: Any) -> Cell:
 
 
 def cell_text(value: Any) -> str:
-    """A value as a table shows it: four digits behind the point, or four in all if it is small."""
+    """A value as a table shows it: a float to four digits behind the point, or to four in all.
+
+    >>> cell_text(0.98765), cell_text(0.0003), cell_text(2e30), cell_text(1234), cell_text(None)
+    ('0.9877', '0.0003', '2e+30', '1,234', '')
+    """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, float):
-        return f"{value:.4f}" if abs(value) >= 0.01 or value == 0 else f"{value:.4g}"
+        return f"{value:.4f}" if value == 0 or 0.01 <= abs(value) < 1e6 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
