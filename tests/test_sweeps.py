@@ -27,6 +27,15 @@ CHANGES = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+    """Each program here is compiled for a few steps; both sides of a law are compiled alike."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # what was compiled so must not be met again by other tests
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Tiny models, and texts of three or of seven words, which are batches of two shapes."""
