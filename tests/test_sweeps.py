@@ -176,7 +176,11 @@ def test_there_is_one_copy_of_the_base(plain):
     [
         ("vera", {"rank": 8}, [{}, {"vera.rank": 3, "vera.initial": 0.2}]),
         ("adapters", {"size": 8}, [{}, {"adapters.size": 3, "adapters.stddev": 0.1}]),
-        ("adalora", {"rank": 3, "target_rank": 2}, [{}, {"adalora.alpha": 4.0}]),
+        (
+            "adalora",
+            {"rank": 3, "target_rank": 2, "targets": ["query"]},
+            [{}, {"adalora.alpha": 4.0}],
+        ),
         ("full", {}, [{}, {"seed": 5, "optimizer.learning_rate": 1e-4}]),
     ],
 )
