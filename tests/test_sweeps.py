@@ -171,6 +171,19 @@ def test_there_is_one_copy_of_the_base(plain):
     assert {path.rsplit("/", 1)[1] for path in own} == {"scale", "rank"}
 
 
+def test_a_quantised_base_is_shared_and_a_decomposed_one_is_each_runs_own(folder):
+    quantized = config_of(folder, quantization={"kind": "nf4"})
+    decomposed = config_of(folder, {"lora.initialization": "pissa", "seed": 1})
+
+    one = members.part(load_source(quantized).base, quantized, drops=False)
+    other = members.part(load_source(decomposed).base, decomposed, drops=False)
+
+    shared, own = trees.flatten_arrays(one.shared), trees.flatten_arrays(one.own)
+    assert any(path.endswith("query/kernel/base/packed") for path in shared)
+    assert not any("base" in path for path in own)
+    assert any(path.endswith("query/kernel/base") for path in trees.flatten_arrays(other.own))
+
+
 @pytest.mark.parametrize(
     ("section", "values", "changes"),
     [
