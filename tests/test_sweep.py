@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from lorax_ft import cli, experiment, finished, runs, sweeps
+from lorax_ft import adapted, cli, experiment, finished, runs, sweeps
 from lorax_ft.config import ExperimentConfig, parse
-from lorax_ft.sweeps import slots
+from lorax_ft.sweeps import program, slots
 from lorax_ft.sweeps.halving import Rungs
 from lorax_ft.sweeps.specification import Halving, SweepConfig
 from lorax_ft.sweeps.statistics import compare
@@ -60,11 +60,34 @@ def config_of(folder, **changes):
 
 
 @pytest.fixture(scope="module")
-def swept(folder):
+def traces():
+    """How often the model was traced for a training step in `swept`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def swept(folder, traces):
     """A finished sweep of five runs in two slots."""
+
+    def make_apply(model):
+        apply = adapted.make_apply(model)
+
+        def counted(params, inputs, key=None):
+            traces.extend([] if key is None else [inputs["input_ids"].shape])
+            return apply(params, inputs, key)
+
+        return counted
+
     directory = folder / "swept"
-    rows = sweeps.train(config_of(folder), SweepConfig(runs=RUNS, slots=2), directory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "make_apply", make_apply)
+        rows = sweeps.train(config_of(folder), SweepConfig(runs=RUNS, slots=2), directory)
     return directory, rows
+
+
+def test_a_group_is_one_compile_for_each_length_of_batch(swept, traces):
+    assert len(swept[1]) == 5  # ranks, seeds and rates, in two slots one after the other
+    assert sorted(traces) == [(16, 4), (16, 8)]
 
 
 def test_each_run_is_an_ordinary_run_directory(swept, folder):
