@@ -8,6 +8,7 @@ from lorax_ft import sweeps
 from lorax_ft.sweeps.specification import Search, SweepConfig
 from lorax_ft.sweeps.study import StudyQueue, fields
 from tests.test_sweep import config_of, folder  # noqa: F401
+from tests.tiny import quick_compiles  # noqa: F401
 
 SPACE = {
     "lora.rank": sweeps.choice(1, 2, 4),

@@ -15,6 +15,7 @@ from lorax_ft.sweeps.specification import Halving, SweepConfig
 from lorax_ft.sweeps.statistics import compare
 from lorax_ft.training.records import read_records
 from tests import tiny
+from tests.tiny import quick_compiles  # noqa: F401
 
 DIVERGES = {"optimizer.learning_rate": 1e38, "train.max_nonfinite": 2, "train.best_metric": None}
 RUNS = [*sweeps.grid({"lora.rank": [1, 3], "seed": [0, 1]}), DIVERGES]

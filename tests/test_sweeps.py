@@ -12,6 +12,7 @@ from lorax_ft.sweeps.groups import Run, group_runs
 from lorax_ft.sweeps.program import Batches, Program, load_source
 from lorax_ft.training import OBJECTIVES, make_train_step
 from tests import tiny
+from tests.tiny import quick_compiles  # noqa: F401
 
 STEPS = 200
 BASE = {
@@ -25,15 +26,6 @@ CHANGES = [
     {"lora.rank": 4, "lora.alpha": 4.0, "optimizer.weight_decay": 0.0, "seed": 1},
     {"optimizer.learning_rate": 1e-2, "optimizer.clip_norm": 0.1, "train.steps": 250},
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """Each program here is compiled for a few steps; both sides of a law are compiled alike."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()  # what was compiled so must not be met again by other tests
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -24,6 +25,15 @@ WORDS = [
     "not",
 ]
 LABELS = {"red": "warm", "blue": "cold", "green": "cold"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+    """For tests that compile much and compute little; both sides of a law are compiled alike."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # what was compiled so must not be met again by other tests
 
 
 def write_folder(folder):
