@@ -33,20 +33,37 @@ class Adapted:
     trainable: tuple[str, ...]  # patterns of the plain arrays that are trained beside the leaves
     uses: dict[str, inspection.Use]
     base: str  # fingerprint of the base weights
+    head: tuple[str, ...]  # paths of what the checkpoint lacks, and the seed begins
     mesh: jax.sharding.Mesh | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Base:
+    """A pretrained model without its methods: what several runs may share."""
+
+    model: Model
+    params: PyTree
+    head: tuple[str, ...]  # paths of what its checkpoint lacks, and the seed begins
+    num_labels: int | None  # of a classification
+    uses: dict[str, inspection.Use]
+    config: ExperimentConfig  # that it was loaded by
 
 
 def load_adapted(config: ExperimentConfig, task: str, label_names: tuple[str, ...] = ()) -> Adapted:
     """The pretrained model with the config's quantisation and methods, as it is before training."""
-    head_key, method_key = jax.random.split(jax.random.key(config.seed))
-    decomposes = config.lora is not None and config.lora.initialization in DECOMPOSITIONS
+    return adapt(load_base(config, task, label_names), config)
+
+
+def load_base(config: ExperimentConfig, task: str, label_names: tuple[str, ...] = ()) -> Base:
+    """The pretrained model with the config's quantisation, but for what LoRA decomposes first."""
     quantization = config.quantization
+    path, labels = find_path(config.model.path), len(label_names) or None
     model, params = hub.load(
-        find_path(config.model.path),
+        path,
         task=task,
-        num_labels=len(label_names) or None,
-        key=head_key,
-        transform=None if quantization is None or decomposes else _quantizer(quantization),
+        num_labels=labels,
+        key=_keys(config)[0],
+        transform=None if quantization is None or decomposes(config) else _quantizer(quantization),
         ignore_fields=config.model.ignore_fields,
         **dataclasses.asdict(config.model.compute),
         **config.model.overrides,
@@ -55,14 +72,32 @@ def load_adapted(config: ExperimentConfig, task: str, label_names: tuple[str, ..
         model = dataclasses.replace(
             model, config=dataclasses.replace(model.config, label_names=label_names)
         )
-    base = hub.fingerprint(params)
     uses = inspection.inspect(model.apply, params, model.input_shapes())
-    uses = _with_whole_classifier(uses, model)
+    return Base(
+        model=model,
+        params=params,
+        head=tuple(hub.new_head(path, model, _keys(config)[0], num_labels=labels)),
+        num_labels=labels,
+        uses=_with_whole_classifier(uses, model),
+        config=config,
+    )
+
+
+def adapt(base: Base, config: ExperimentConfig, *, fingerprint: str | None = None) -> Adapted:
+    """The base with a config's methods and its seed's head, placed on its mesh.
+
+    The config's `model` and `quantization` must be those that the base was loaded by. Arrays that
+    no method changes are the base's own, not copies. `fingerprint` is that of the base with this
+    head, where it is known already. Raises ValueError where the methods do not fit the model.
+    """
+    model, quantization, uses = base.model, config.quantization, base.uses
+    params = with_head(base, config)
+    fingerprint = hub.fingerprint(params) if fingerprint is None else fingerprint
     chosen = [_prepared(section, config, model) for section in config.methods]
-    params, trainable = methods.add_methods(params, chosen, method_key, uses, quantization)
+    params, trainable = methods.add_methods(params, chosen, _keys(config)[1], uses, quantization)
     if quantization is not None:
         params = _quantize_rest(params, quantization, uses)
-    if config.train_head and task in CLASSIFICATIONS:
+    if config.train_head and model.task in CLASSIFICATIONS:
         trainable += _head(params, uses)
     mesh = training.make_mesh(config.mesh)
     if mesh.size > 1:
@@ -72,9 +107,33 @@ def load_adapted(config: ExperimentConfig, task: str, label_names: tuple[str, ..
         params=params,
         trainable=tuple(dict.fromkeys((*trainable, *config.trainable))),
         uses=uses,
-        base=base,
+        base=fingerprint,
+        head=base.head,
         mesh=mesh if mesh.size > 1 else None,
     )
+
+
+def with_head(base: Base, config: ExperimentConfig) -> PyTree:
+    """The base's parameters, what the checkpoint lacks as the config's seed begins it."""
+    if not base.head or config.seed == base.config.seed:
+        return base.params
+    path = find_path(config.model.path)
+    head = hub.new_head(path, base.model, _keys(config)[0], num_labels=base.num_labels)
+    if config.quantization is not None and not decomposes(config):
+        transform = _quantizer(config.quantization)
+        head = {path: transform(path, array) for path, array in head.items()}
+    return trees.with_fields(base.params, head)
+
+
+def _keys(config: ExperimentConfig) -> tuple[jax.Array, jax.Array]:
+    """The keys of a new head and of the methods."""
+    head, method = jax.random.split(jax.random.key(config.seed))
+    return head, method
+
+
+def decomposes(config: ExperimentConfig) -> bool:
+    """Whether LoRA's start needs the float weights."""
+    return config.lora is not None and config.lora.initialization in DECOMPOSITIONS
 
 
 def make_apply(model: Model) -> Callable[..., Any]:

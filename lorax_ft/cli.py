@@ -1,4 +1,4 @@
-"""The program `lorax-ft`: train | eval | predict | generate | merge | inspect.
+"""The program `lorax-ft`: train | eval | predict | generate | merge | inspect | sweep | report.
 
     lorax-ft train --config=configs/quickstart.py:qlora --config.lora.rank=16 --run_dir=runs/mine
     lorax-ft eval --run_dir=runs/mine --split=validation
@@ -6,6 +6,8 @@
     lorax-ft generate --run_dir=runs/story --do_sample --temperature=0.8 "Once upon a time"
     lorax-ft merge --run_dir=runs/mine --output=merged --dtype=bfloat16
     lorax-ft inspect --config=configs/quickstart.py
+    lorax-ft sweep --config=configs/quickstart.py --sweep=configs/sweeps/rank_and_method.py
+    lorax-ft report runs/quickstart-rank_and_method
 
 What is wrong with the input ends as one message and exit code 2; `--traceback` shows where it came
 from.
@@ -137,6 +139,26 @@ def inspect(values: Any, arguments: list[str]) -> None:
     from lorax_ft import experiment
 
     print(experiment.describe(_config(values)))
+
+
+def sweep(values: Any, arguments: list[str]) -> None:
+    _no_arguments(arguments)
+    from lorax_ft.sweeps import load_sweep, train
+
+    config_flag = values["config"]
+    overrides = {**config_flag.override_values, "sweep": pathlib.Path(values.sweep).stem}
+    directory = values.sweep_dir or default_run_dir(config_flag.config_filename, overrides)
+    rows = train(_config(values), load_sweep(values.sweep), directory, only_plan=values.only_plan)
+    if rows and not values.only_plan:
+        print(f"All of it is in {directory}; lorax-ft report {directory} makes its pages.")
+
+
+def report(values: Any, arguments: list[str]) -> None:
+    from lorax_ft.sweeps import write_report
+
+    if len(arguments) != 1:
+        raise ValueError(f"report: expected one folder of a sweep, got {len(arguments)}.")
+    print(write_report(arguments[0], metric=values.metric, mode=values.mode))
 
 
 def default_run_dir(config_file: str, overrides: dict[str, Any]) -> str:
@@ -275,6 +297,40 @@ def _merge_flags(values: flags.FlagValues, argv: list[str]) -> None:
     _require(values, "output")
 
 
+def _sweep_flags(values: flags.FlagValues, argv: list[str]) -> None:
+    _config_flag(values, argv)
+    flags.DEFINE_string(
+        "sweep", None, "file with get_sweep(), with an argument after a colon", flag_values=values
+    )
+    flags.DEFINE_string(
+        "sweep_dir",
+        None,
+        "folder of the sweep, which goes on where it stopped (default: runs/ and the names of "
+        "config and sweep)",
+        flag_values=values,
+    )
+    flags.DEFINE_boolean(
+        "only_plan", False, "print groups, memory and time, and train nothing", flag_values=values
+    )
+    _require(values, "sweep")
+
+
+def _report_flags(values: flags.FlagValues, argv: list[str]) -> None:
+    flags.DEFINE_string(
+        "metric",
+        None,
+        "a split's, as validation.accuracy (default: the sweep's)",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "mode",
+        None,
+        ["max", "min"],
+        "which of it is better (default: the sweep's)",
+        flag_values=values,
+    )
+
+
 COMMANDS = {
     "train": Command(
         description="Trains what a config says; the same command goes on with a stopped run.",
@@ -305,6 +361,16 @@ COMMANDS = {
         description="Shows a config's parameters: how each is used, held and trained.",
         define=_config_flag,
         run=inspect,
+    ),
+    "sweep": Command(
+        description="Trains many runs of a config as one program; the same command goes on.",
+        define=_sweep_flags,
+        run=sweep,
+    ),
+    "report": Command(
+        description="Writes the tables, figures and page of a sweep: lorax-ft report DIR.",
+        define=_report_flags,
+        run=report,
     ),
 }
 

@@ -7,10 +7,11 @@ import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import optax
 
 from lorax_ft import interop, methods, plots, prediction, reports, runs, training, trees
 from lorax_ft.adapted import DECOMPOSITIONS, Adapted, find_path, load_adapted, make_apply
@@ -28,7 +29,6 @@ from lorax_ft.data import (
     tfidf_baseline,
 )
 from lorax_ft.leaves import dense
-from lorax_ft.models import hub
 from lorax_ft.training import checkpoints, loop, records
 
 PyTree = Any
@@ -52,9 +52,21 @@ def prepare(config: ExperimentConfig) -> Experiment:
 
     Raises ValueError, TypeError or OSError, naming file, row, key or path, for what is wrong.
     """
-    tokenizer = load_tokenizer(find_path(config.model.tokenizer or config.model.path))
-    dataset = load_dataset(config.data, tokenizer)
+    tokenizer, dataset = load_data(config)
     adapted = load_adapted(config, dataset.task, dataset.label_names)
+    return assemble(config, tokenizer, dataset, adapted)
+
+
+def load_data(config: ExperimentConfig) -> tuple[Tokenizer, Dataset]:
+    """The tokenizer of a config and its data. Raises as `prepare` does."""
+    tokenizer = load_tokenizer(find_path(config.model.tokenizer or config.model.path))
+    return tokenizer, load_dataset(config.data, tokenizer)
+
+
+def assemble(
+    config: ExperimentConfig, tokenizer: Tokenizer, dataset: Dataset, adapted: Adapted
+) -> Experiment:
+    """The experiment of parts that are there. Raises ValueError where data and model do not fit."""
     limits = adapted.model.config
     check_fits(
         dataset,
@@ -94,9 +106,9 @@ def train(
     experiment = prepare(config)
     runs.start_run(directory, config)  # only now: bad input leaves no run behind
     counts = trees.count(experiment.adapted.params, experiment.adapted.trainable)
-    names = _methods(config)
+    names = method_names(config)
     print(reports.overview(experiment.dataset, counts, model=config.model.path, methods=names))
-    baseline = _baseline(experiment) if config.baseline else None
+    baseline = text_baseline(config, experiment.dataset) if config.baseline else None
 
     result = _fit(experiment, directory)
     step = result.progress.step
@@ -105,25 +117,58 @@ def train(
         return {"outcome": result.outcome, "step": step}
 
     train = _best(experiment, directory, result) if config.train.best_metric else result.train
-    evaluations = {
-        part: evaluate_part(experiment, train, part)
-        for part in ("validation", "test")
-        if getattr(experiment.dataset, part)
-    }
+    results = finish(
+        experiment,
+        directory,
+        train,
+        outcome=result.outcome,
+        progress=result.progress,
+        evaluations={
+            part: evaluate_part(experiment, train, part) for part in evaluated_parts(experiment)
+        },
+        baseline=baseline,
+        command=command,
+    )
+    print(f"{reports.results_table(results)}\nAll of it is in {directory}.")
+    return results
+
+
+def evaluated_parts(experiment: Experiment) -> list[str]:
+    """The splits that a finished run is evaluated on."""
+    return [part for part in ("validation", "test") if getattr(experiment.dataset, part)]
+
+
+def finish(
+    experiment: Experiment,
+    directory: pathlib.Path,
+    train: PyTree,
+    *,
+    outcome: str,
+    progress: training.Progress,
+    evaluations: Mapping[str, prediction.Evaluation],
+    baseline: float | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Writes what a run leaves behind, results.json last, and returns what that holds.
+
+    `train` is the half that was trained, as it is to be kept. `experiment.adapted` need not hold
+    its arrays any more: only their structure is read. `command` is what the exported adapter's card
+    says that it was made by.
+    """
     metrics = {part: found.metrics for part, found in evaluations.items()}
     _save(experiment, directory, train, metrics, command)
+    counts = trees.count(trees.combine(train, experiment.frozen), experiment.adapted.trainable)
     results = {
-        "outcome": result.outcome,
-        "step": step,
+        "outcome": outcome,
+        "step": progress.step,
         "metrics": metrics,
         "warnings": [found.warning for found in evaluations.values() if found.warning],
         "baseline": baseline,
         "parameters": dataclasses.asdict(counts),
-        "seconds": result.progress.seconds,
+        "seconds": progress.seconds,
         "peak_memory_bytes": reports.peak_memory(),
     }
     runs.write_results(directory, results)
-    print(f"{reports.results_table(results)}\nAll of it is in {directory}.")
     return results
 
 
@@ -152,11 +197,24 @@ def evaluate_part(experiment: Experiment, train: PyTree, part: str) -> predictio
     return found
 
 
-def _methods(config: ExperimentConfig) -> str:
+def method_names(config: ExperimentConfig) -> str:
     """The methods of a config in a few words: `lora on nf4`."""
     names = [name for name in methods.METHODS if getattr(config, name) is not None]
     base = "" if config.quantization is None else f" on {config.quantization.kind}"
     return " + ".join(names or ["trainable"]) + base
+
+
+def training_key(seed: int) -> jax.Array:
+    """The key that a run folds its steps into."""
+    return jax.random.fold_in(jax.random.key(seed), 2)
+
+
+def make_optimizer(config: ExperimentConfig, total_steps: int) -> optax.GradientTransformation:
+    """The optimizer of a run of so many steps."""
+    tx = training.build_optimizer(config.optimizer, total_steps)
+    if config.adalora is not None:
+        tx = training.allocate_budget(tx, config.adalora, total_steps)
+    return tx
 
 
 def _fit(experiment: Experiment, directory: pathlib.Path) -> training.FitResult:
@@ -166,9 +224,7 @@ def _fit(experiment: Experiment, directory: pathlib.Path) -> training.FitResult:
         dataset.train, config.data.loader, pad_id=dataset.pad_id, seed=config.seed
     )
     total_steps = config.train.total_steps(batches.steps_per_epoch)
-    tx = training.build_optimizer(config.optimizer, total_steps)
-    if config.adalora is not None:
-        tx = training.allocate_budget(tx, config.adalora, total_steps)
+    tx = make_optimizer(config, total_steps)
     train, opt_state, shardings = experiment.train, tx.init(experiment.train), None
     if adapted.mesh is not None:
         opt_state = training.replicate(opt_state, adapted.mesh)
@@ -187,7 +243,7 @@ def _fit(experiment: Experiment, directory: pathlib.Path) -> training.FitResult:
             opt_state,
             experiment.frozen,
             batches,
-            jax.random.fold_in(jax.random.key(config.seed), 2),
+            training_key(config.seed),
             config=config.train,
             directory=directory,
             identity=_identity(experiment),
@@ -245,7 +301,7 @@ def _save(
     plots.plot_run(
         records.read_records(directory),
         directory / "loss.png",
-        title=f"{directory.name}: {_methods(experiment.config)}",
+        title=f"{directory.name}: {method_names(experiment.config)}",
         metric=experiment.config.train.best_metric or "accuracy",
     )
 
@@ -263,7 +319,7 @@ def _export(
     shutil.rmtree(directory, ignore_errors=True)  # of a session that broke off
     model, parameters = experiment.adapted.model, trees.flatten(params)
     # what started from chance is in no base: it goes along whole, what was learnt on it merged
-    new = hub.new_heads(find_path(config.model.path), model)
+    new = experiment.adapted.head
     params = trees.with_fields(params, {path: dense(parameters[path]) for path in new})
     interop.save_peft(
         directory,
@@ -290,9 +346,9 @@ def _data(experiment: Experiment) -> str:
     return f"{origin}: {', '.join(counts)} examples"
 
 
-def _baseline(experiment: Experiment) -> float | None:
+def text_baseline(config: ExperimentConfig, dataset: Dataset) -> float | None:
     """Test accuracy of TF-IDF with logistic regression, for a classification of single texts."""
-    task, tables = experiment.config.data.task, experiment.dataset.tables
+    task, tables = config.data.task, dataset.tables
     if not isinstance(task, TextClassification) or task.text_pair or "test" not in tables:
         return None
     texts = {

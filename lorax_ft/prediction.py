@@ -39,26 +39,45 @@ def evaluate(
     `step(batch)` gives (loss sum, weight sum, extras) as an objective does; `batches` are from
     `evaluation_batches`.
     """
-    classes = len(label_names)
-    loss, weight, correct, counts = 0.0, 0.0, 0.0, np.zeros((classes, classes))
+    totals = Totals(task, label_names)
     for _, host_batch in batches:
         batch = host_batch if mesh is None else shard_batch(host_batch, mesh)
-        batch_loss, batch_weight, extras = step(batch)
-        loss, weight = loss + float(batch_loss), weight + float(batch_weight)
-        correct += float(extras["correct"])
-        if classes:
+        totals.add(batch, *step(batch))
+    return totals.evaluation()
+
+
+class Totals:
+    """What the batches of a split add up to, for one model."""
+
+    def __init__(self, task: str, label_names: Sequence[str] = ()):
+        self.task, self.label_names = task, tuple(label_names)
+        self.loss = self.weight = self.correct = 0.0
+        self.counts = np.zeros((len(label_names), len(label_names)))
+
+    def add(
+        self, batch: Mapping[str, Any], loss: Any, weight: Any, extras: Mapping[str, Any]
+    ) -> None:
+        """Takes in what an objective said of a batch: sums, and extras of its rows."""
+        self.loss, self.weight = self.loss + float(loss), self.weight + float(weight)
+        self.correct += float(extras["correct"])
+        if self.label_names:
             found = (_on_host(x) for x in (batch["labels"], extras["predictions"]))
-            counts += evaluation.count_outcomes(
-                *found, classes=classes, weights=_on_host(batch["weights"])
+            self.counts += evaluation.count_outcomes(
+                *found, classes=len(self.label_names), weights=_on_host(batch["weights"])
             )
-    if not classes:
-        metrics = evaluation.METRICS[task](correct, loss, weight)
-        return Evaluation(metrics=metrics, warning=None)
-    predictions = np.repeat(np.arange(classes), counts.sum(axis=0).astype(int))
-    return Evaluation(
-        metrics=evaluation.METRICS[task](counts, loss, weight),
-        warning=evaluation.collapsed(predictions, label_names),
-    )
+
+    def evaluation(self) -> Evaluation:
+        """The metrics of all that was added, and the warning where they were of one class."""
+        metrics = evaluation.METRICS[self.task]
+        if not self.label_names:
+            return Evaluation(metrics=metrics(self.correct, self.loss, self.weight), warning=None)
+        predicted = self.counts.sum(axis=0).astype(int)
+        return Evaluation(
+            metrics=metrics(self.counts, self.loss, self.weight),
+            warning=evaluation.collapsed(
+                np.repeat(np.arange(len(predicted)), predicted), self.label_names
+            ),
+        )
 
 
 def classify(

@@ -23,7 +23,7 @@ def overview(dataset: Dataset, counts: trees.Counts, *, model: str, methods: str
     classes = f", {len(dataset.label_names)} classes" if dataset.label_names else ""
     lines = [
         f"model    {model}",
-        f"method   {methods}: trains {_share(counts)}; {_bytes(counts.bytes)} of parameters",
+        f"method   {methods}: trains {_share(counts)}; {bytes_text(counts.bytes)} of parameters",
         f"data     {', '.join(rows)}{classes}",
         *(f"note     {note}" for note in dataset.notes),
     ]
@@ -38,7 +38,7 @@ def results_table(results: Mapping[str, Any]) -> str:
     counts = trees.Counts(**results["parameters"])
     cost = (
         f"trained {_share(counts)} in {results['step']:,} steps and {results['seconds']:.0f} s; "
-        f"peak memory {_bytes(results['peak_memory_bytes'])}"
+        f"peak memory {bytes_text(results['peak_memory_bytes'])}"
     )
     warnings = [f"WARNING: {warning}" for warning in results["warnings"]]
     return "\n".join([metrics_table(rows), cost, *warnings])
@@ -73,10 +73,10 @@ def _share(counts: trees.Counts) -> str:
     return f"{counts.trainable:,} of {counts.total:,} parameters ({counts.share:.2%})"
 
 
-def _bytes(count: float) -> str:
+def bytes_text(count: float) -> str:
     """A size in the unit that reads well.
 
-    >>> _bytes(512), _bytes(3.3 * 2**30)
+    >>> bytes_text(512), bytes_text(3.3 * 2**30)
     ('512.0 B', '3.3 GiB')
     """
     for unit in ("B", "KiB", "MiB", "GiB"):

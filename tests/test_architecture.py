@@ -34,6 +34,7 @@ LAYERS = (
     "adapted",
     "experiment",
     "finished",
+    "sweeps",
     "cli",
 )
 HEAVY = {
@@ -43,8 +44,10 @@ HEAVY = {
     "matplotlib",
     "ml_collections",
     "optax",
+    "optuna",
     "orbax",
     "pandas",
+    "scipy",
     "sklearn",
     "tensorboardX",
     "tensorflow",

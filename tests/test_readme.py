@@ -95,3 +95,19 @@ def test_every_config_is_one_that_the_program_takes(path, monkeypatch):
 
     for method in ("lora", "qlora"):
         assert cli.main(["lorax-ft", "train", f"--config={path}:{method}", "--traceback"]) == 0
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if shlex.split(c)[1] == "sweep"])
+def test_a_sweep_command_makes_its_runs(command, monkeypatch):
+    from lorax_ft import sweeps
+
+    seen = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(
+        sweeps,
+        "train",
+        lambda config, sweep, *_, **__: seen.extend(sweeps.make_runs(config, sweep)),
+    )
+
+    assert cli.main([*shlex.split(command), "--traceback"]) == 0
+    assert len(sweeps.group_runs(seen)) > 1

@@ -5,6 +5,7 @@ from lorax_ft.data.dataset import DataConfig, Dataset, check_fits, load_dataset
 from lorax_ft.data.loader import (
     LoaderConfig,
     TrainBatches,
+    TrainSteps,
     evaluation_batches,
     make_batch,
     padding_share,
@@ -37,6 +38,7 @@ __all__ = [
     "TextClassification",
     "Tokenizer",
     "TrainBatches",
+    "TrainSteps",
     "check_fits",
     "encode_sources",
     "evaluation_batches",

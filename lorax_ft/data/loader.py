@@ -32,6 +32,7 @@ class LoaderConfig:
     target_buckets: tuple[int, ...] | None = None  # of targets; None: as long as the longest one
     drop_last: bool = False  # leave out an epoch's short batch; else fill it with rows of weight 0
     prefetch: int = 8  # batches that a thread makes ahead
+    seed: int | None = None  # of the order that examples are seen in; None: the run's own
 
     def __post_init__(self):
         for field in ("batch_size", "eval_batch_size"):
@@ -170,8 +171,8 @@ class TrainBatches:
 
     Each process gets its rows of the same batches: all have the same number of them with the same
     shapes. `get_state` is what JSON can hold, and `set_state` goes on at exactly the next batch, on
-    any number of processes. Raises ValueError where there is no batch in an epoch and where
-    processes cannot share the rows equally.
+    any number of processes. `seed` decides the order where `config` does not. Raises ValueError
+    where there is no batch in an epoch and where processes cannot share the rows equally.
     """
 
     def __init__(
@@ -187,7 +188,8 @@ class TrainBatches:
         import grain
 
         rows = _share(config.batch_size, process_index, process_count)
-        self._steps = _Steps(examples, config, pad_id, seed, rows)
+        seed = seed if config.seed is None else config.seed
+        self._steps = TrainSteps(examples, config, pad_id, seed, rows)
         self._fingerprint = _fingerprint(examples, config, seed)
         options = grain.ReadOptions(
             num_threads=min(config.prefetch, 1), prefetch_buffer_size=config.prefetch
@@ -247,8 +249,8 @@ def evaluation_batches(
         )
 
 
-class _Steps:
-    """A run's batches as a source for grain: each is a pure function of its step."""
+class TrainSteps:
+    """A run's batches as a sequence without end: each is a pure function of its step."""
 
     def __init__(
         self, examples: Sequence[Example], config: LoaderConfig, pad_id: int, seed: int, rows: slice

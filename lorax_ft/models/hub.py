@@ -123,6 +123,8 @@ def load(
         model = with_own_head(model, checkpoint)
         paths = new_parameters(model, checkpoint, resized=num_labels is not None)
         check_complete(model, checkpoint, paths)
+        if paths:
+            logger.warning("New, for the task %s: %s.", model.task, ", ".join(paths))
         new = _start(model, paths, key, directory)
 
         def parameter(path: str, shape: jax.ShapeDtypeStruct) -> Any:
@@ -133,11 +135,18 @@ def load(
         return model, map_with_path(parameter, model.shapes())
 
 
-def new_heads(path_or_id: str | pathlib.Path, model: Model) -> list[str]:
-    """Paths of what `load` starts anew for a model: heads that the checkpoint lacks, or has for
-    other classes. Raises as `load` does for files that are missing or damaged."""
-    with open_tensors(find_directory(path_or_id)) as tensors:
-        return new_parameters(model, named(model, tensors), resized=True)
+def new_head(
+    path_or_id: str | pathlib.Path, model: Model, key: Array, *, num_labels: int | None = None
+) -> dict[str, Array]:
+    """By path, what `load` with this key starts anew, since the checkpoint lacks it.
+
+    Gives a model that was loaded the head of another key without reading its weights again.
+    """
+    directory = find_directory(path_or_id)
+    with open_tensors(directory) as tensors:
+        checkpoint = named(model, tensors)
+        paths = new_parameters(model, checkpoint, resized=num_labels is not None)
+    return _start(model, paths, key, directory)
 
 
 def find_directory(path_or_id: str | pathlib.Path) -> pathlib.Path:
@@ -280,7 +289,6 @@ def _start(
             f"{directory} has no {', '.join(paths)} that fits the task {model.task}: pass key=..., "
             "such as jax.random.key(0), to start anew there."
         )
-    logger.warning("New, for the task %s: %s.", model.task, ", ".join(paths))
 
     @jax.jit
     def initial(key: Array) -> dict[str, Array]:

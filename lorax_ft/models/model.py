@@ -158,11 +158,12 @@ class Model:
                 f"A model for {self.task!r} writes no text, only 'causal_lm' and 'seq2seq_lm' do."
             )
         ids, before = inputs["input_ids"], virtual.prompt_length + virtual.prefix_length
-        if before + ids.shape[1] + new_tokens > self.config.max_length:
+        longest = self.config.max_length
+        if longest is not None and before + ids.shape[1] + new_tokens > longest:
             raise ValueError(
                 f"Texts of {ids.shape[1]} tokens and {new_tokens} new ones"
                 f"{f' behind {before} trained vectors' if before else ''} are more than the "
-                f"{self.config.max_length} positions of the model: lower max_new_tokens."
+                f"{longest} positions of the model: lower max_new_tokens."
             )
         mask = _mask(inputs)
         position = inputs.get("position_ids", jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0))

@@ -2,7 +2,7 @@
 
 from lorax_ft.training.allocation import AllocationState, allocate_budget
 from lorax_ft.training.checkpoints import Identity, Snapshot, Store, open_store
-from lorax_ft.training.loop import Batches, FitResult, Progress, TrainConfig, fit
+from lorax_ft.training.loop import Batches, FitResult, fit
 from lorax_ft.training.objectives import OBJECTIVES, Objective
 from lorax_ft.training.optimizers import (
     OptimizerConfig,
@@ -10,6 +10,7 @@ from lorax_ft.training.optimizers import (
     trainable_labels,
     trainable_only,
 )
+from lorax_ft.training.progress import Progress, TrainConfig
 from lorax_ft.training.sharding import (
     RULES,
     MeshConfig,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +13,15 @@ import jax
 
 from lorax_ft.training import checkpoints, flops, locks, records, sharding, signals
 from lorax_ft.training.meter import Meter
+from lorax_ft.training.progress import (
+    Progress,
+    TrainConfig,
+    check_nonfinite,
+    is_due,
+    outcome_of,
+    score,
+    with_evaluation,
+)
 
 PyTree = Any
 Evaluate = Callable[[PyTree, int], Mapping[str, float]]
@@ -25,70 +33,6 @@ class Batches(Protocol):
     def __next__(self) -> Mapping[str, Any]: ...
     def get_state(self) -> Any: ...  # anything JSON can hold: where the next batch is
     def set_state(self, state: Any) -> None: ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How long a run trains, and how often it reports, evaluates and saves."""
-
-    epochs: float = 3.0
-    steps: int | None = None  # instead of epochs, where given
-    accumulation: int = 1  # parts that a batch is computed in, one after the other
-    log_every: int = 10
-    eval_every: int | None = None  # steps; None: every epoch, 0: at the end alone
-    checkpoint_every: int | None = None  # the same; evaluations for `best_metric` save besides
-    keep_last: int = 2  # checkpoints ...
-    keep_best: int = 1  # ... and of those with the best `best_metric`
-    best_metric: str | None = None  # a name that the evaluation returns
-    best_mode: str = "max"  # whether more of it ("max") or less of it ("min") is better
-    patience: int | None = None  # evaluations without a better `best_metric` that end the run
-    max_nonfinite: int = 10  # steps, in all, that may be skipped for a loss that is not finite
-    peak_flops: float | None = None  # of one device, for its utilisation; None: known devices only
-    progress_bar: bool = True
-    tensorboard: bool = True
-
-    def __post_init__(self):
-        for field in ("accumulation", "log_every", "keep_last"):
-            self._check(field, getattr(self, field) >= 1, "at least 1")
-        for field in ("keep_best", "max_nonfinite"):
-            self._check(field, getattr(self, field) >= 0, "at least 0")
-        for field in ("eval_every", "checkpoint_every"):
-            value = getattr(self, field)
-            self._check(field, value is None or value >= 0, "at least 0, or None for every epoch")
-        for field in ("steps", "patience"):
-            value = getattr(self, field)
-            self._check(field, value is None or value >= 1, "at least 1, or None")
-        self._check("epochs", self.epochs > 0, "above 0")
-        self._check("best_mode", self.best_mode in ("max", "min"), '"max" or "min"')
-        if self.patience is not None and self.best_metric is None:
-            raise ValueError("TrainConfig.patience needs best_metric: better by which number?")
-        if self.best_metric is not None and self.keep_best == 0:
-            raise ValueError("TrainConfig.best_metric needs keep_best of at least 1.")
-
-    def _check(self, field: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ValueError(
-                f"TrainConfig.{field} must be {expected}, got {getattr(self, field)!r}."
-            )
-
-    def total_steps(self, steps_per_epoch: int) -> int:
-        """How many steps the run takes."""
-        return self.steps or max(1, math.ceil(round(self.epochs * steps_per_epoch, 6)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """What the loop keeps count of, and a checkpoint remembers."""
-
-    step: int = 0
-    nonfinite: int = 0
-    evaluated: int | None = None  # the step of the last evaluation ...
-    evaluation: dict[str, float] | None = None  # ... and what it found
-    best_step: int | None = None
-    best_value: float | None = None
-    without_improvement: int = 0  # evaluations since the best
-    # Spent in `fit` by all sessions; no two runs have the same, so it says nothing of equality.
-    seconds: float = dataclasses.field(default=0.0, compare=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,20 +91,20 @@ def fit(
         while True:
             n = progress.step
             stopped = stop_asked(n)
-            due = _is_due(config.eval_every, n, total, steps_per_epoch)
+            due = is_due(config.eval_every, n, total, steps_per_epoch)
             evaluates = evaluate if due and not stopped and progress.evaluated != n else None
-            saves = stopped or _is_due(config.checkpoint_every, n, total, steps_per_epoch)
+            saves = stopped or is_due(config.checkpoint_every, n, total, steps_per_epoch)
             saves = (saves and n > saved) or bool(evaluates and config.best_metric)
 
             if (n % config.log_every == 0 or evaluates or saves) and not meter.is_empty:
                 write("train", n, meter.close())
                 progress = dataclasses.replace(progress, nonfinite=meter.nonfinite)
-            _check_nonfinite(meter.nonfinite, n, config)
+            check_nonfinite(meter.nonfinite, n, config)
             if evaluates:
                 found = {name: float(value) for name, value in evaluates(train, n).items()}
                 write("eval", n, found)
                 _announce(bar, n, found)
-                progress = _with_evaluation(progress, found, config)
+                progress = with_evaluation(progress, found, config)
             progress = dataclasses.replace(progress, seconds=time.perf_counter() - clock)
             if saves:
                 snapshot = checkpoints.Snapshot(
@@ -171,9 +115,9 @@ def fit(
                     data=batches.get_state(),
                     progress=dataclasses.asdict(progress),
                 )
-                checkpoints.save(store, snapshot, _score(progress, config))
+                checkpoints.save(store, snapshot, score(progress, config))
                 saved = n
-            if outcome := _outcome(stopped, progress, total, config):
+            if outcome := outcome_of(stopped, progress, total, config):
                 break
 
             batch = _next(batches, n, total)
@@ -184,65 +128,6 @@ def fit(
             _show(bar, meter)
         checkpoints.wait(store)
     return FitResult(outcome=outcome, train=train, opt_state=opt_state, progress=progress)
-
-
-def _is_due(every: int | None, step: int, total: int, steps_per_epoch: int) -> bool:
-    """Whether `every` (None: an epoch; 0: never before the end) falls on this step."""
-    every = steps_per_epoch if every is None else every
-    return step == total or (step > 0 and every > 0 and step % every == 0)
-
-
-def _outcome(stopped: bool, progress: Progress, total: int, config: TrainConfig) -> str | None:
-    if stopped:
-        return "preempted"
-    if progress.step == total:
-        return "finished"
-    if config.patience is not None and progress.without_improvement >= config.patience:
-        return "stopped_early"
-    return None
-
-
-def _with_evaluation(progress: Progress, found: dict[str, float], config: TrainConfig) -> Progress:
-    progress = dataclasses.replace(progress, evaluated=progress.step, evaluation=found)
-    if config.best_metric is None:
-        return progress
-    if config.best_metric not in found:
-        raise ValueError(
-            f"TrainConfig.best_metric is {config.best_metric!r}, but the evaluation returned "
-            f"{sorted(found)}."
-        )
-    value, best = found[config.best_metric], progress.best_value
-    better = (
-        value > best
-        if best is not None and config.best_mode == "max"
-        else best is None or value < best
-    )
-    if not better or math.isnan(value):
-        return dataclasses.replace(progress, without_improvement=progress.without_improvement + 1)
-    return dataclasses.replace(
-        progress, best_step=progress.step, best_value=value, without_improvement=0
-    )
-
-
-def _score(progress: Progress, config: TrainConfig) -> float | None:
-    """This step's evaluation as a number of which more is better; None where there was none."""
-    if config.best_metric is None or progress.evaluation is None:
-        return None
-    if progress.evaluated != progress.step:
-        return None
-    value = progress.evaluation[config.best_metric]
-    return value if config.best_mode == "max" else -value
-
-
-def _check_nonfinite(count: int, step: int, config: TrainConfig) -> None:
-    if count > config.max_nonfinite:
-        raise FloatingPointError(
-            f"By step {step} the loss or the gradient of {count} steps was not finite, and "
-            f"TrainConfig.max_nonfinite is {config.max_nonfinite}. Those steps changed no "
-            "parameter. Lower the "
-            "learning rate or optimizer.clip_norm, compute in a wider dtype, or look for bad rows "
-            "in the data."
-        )
 
 
 def _next(batches: Batches, step: int, total: int) -> Mapping[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -57,11 +58,23 @@ class OptimizerConfig:
 
 
 class LearningRateState(NamedTuple):
-    """What the last transformation of an optimizer remembers."""
+    """What the last transformation of an optimizer remembers.
+
+    Peak, warm-up and length are state and no constants of the program, as are the numbers of
+    `NumberState`: runs that differ in them alone are one program, and a sweep stacks their states.
+    """
 
     count: jax.Array  # updates made so far
-    peak: jax.Array  # a state, not a constant, so that a sweep can vary it without a new program
+    peak: jax.Array
+    warmup: jax.Array  # updates that the rate rises
+    total: jax.Array  # updates at which it would have fallen to zero
     learning_rate: jax.Array  # of the last update
+
+
+class NumberState(NamedTuple):
+    """The number that one of an optimizer's transformations goes by."""
+
+    value: jax.Array
 
 
 def build_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
@@ -69,7 +82,12 @@ def build_optimizer(config: OptimizerConfig, total_steps: int) -> optax.Gradient
 
     In order: clipping by global norm, the optimizer's own scaling, weight decay, LoRA+'s ratio, the
     learning rate. Its `init` raises ValueError where a pattern of `no_decay` matches nothing, and
-    where `lora_plus_ratio` is set but the parameters hold no LoRA leaf.
+    where `lora_plus_ratio` is set but the parameters hold no LoRA leaf; its `update` needs the
+    parameters.
+
+    `init` writes the learning rate, warm-up, `total_steps`, weight decay, norm and ratio into the
+    state, and `update` reads them there: any optimizer of the same `name`, `schedule`, `no_decay`,
+    `b1`, `b2`, `eps` and the same choices of None updates the state of any other.
 
     >>> tx = build_optimizer(OptimizerConfig(name="sgd", learning_rate=0.5, b1=0.0), total_steps=2)
     >>> params = {"kernel": jnp.array([1.0])}
@@ -79,13 +97,11 @@ def build_optimizer(config: OptimizerConfig, total_steps: int) -> optax.Gradient
     """
     parts = [_in_standard_promotion(_SCALINGS[config.name](config))]
     if config.clip_norm is not None:
-        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
-    if config.weight_decay:
-        mask = _decayed(config.no_decay) if config.no_decay else None
-        parts.append(optax.add_decayed_weights(config.weight_decay, mask=mask))
+        parts.insert(0, _by_number(config.clip_norm, _clip))
+    parts.append(_add_decay(config))
     if config.lora_plus_ratio is not None:
         parts.append(_scale_lora_b(config.lora_plus_ratio))
-    parts.append(_scale_by_learning_rate(config.learning_rate, schedule(config, total_steps)))
+    parts.append(_scale_by_learning_rate(config, total_steps))
     return optax.chain(*parts)
 
 
@@ -96,11 +112,9 @@ def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     the first of the warm-up steps, and a fall that would reach zero at `total_steps`. Raises
     ValueError where the warm-up leaves no step after it.
     """
-    warmup = warmup_steps(config, total_steps)
-    after = _SHAPES[config.schedule](max(1, total_steps - warmup))
-    if not warmup:
-        return after
-    return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), after], [warmup])
+    warmup = jnp.asarray(warmup_steps(config, total_steps), jnp.int32)
+    total = jnp.asarray(total_steps, jnp.int32)
+    return lambda count: _factor(config.schedule, jnp.asarray(count), warmup, total)
 
 
 def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
@@ -151,49 +165,117 @@ def trainable_only(
     return optax.multi_transform({"train": tx, "freeze": optax.set_to_zero()}, labels)
 
 
-def _scale_by_learning_rate(peak: float, shape: optax.Schedule) -> optax.GradientTransformation:
-    """Multiplies updates by -peak × shape(count)."""
+def _scale_by_learning_rate(
+    config: OptimizerConfig, total_steps: int
+) -> optax.GradientTransformation:
+    """Multiplies updates by -peak × the schedule's factor."""
+    warmup = warmup_steps(config, total_steps)
 
     def init(params):
         del params
         return LearningRateState(
             count=jnp.zeros((), jnp.int32),
-            peak=jnp.asarray(peak, jnp.float32),
+            peak=jnp.asarray(config.learning_rate, jnp.float32),
+            warmup=jnp.asarray(warmup, jnp.int32),
+            total=jnp.asarray(total_steps, jnp.int32),
             learning_rate=jnp.zeros((), jnp.float32),
         )
 
     def update(updates, state, params=None):
         del params
-        rate = state.peak * jnp.asarray(shape(state.count), jnp.float32)
+        factor = _factor(config.schedule, state.count, state.warmup, state.total)
+        rate = state.peak * factor
         updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates)
-        return updates, LearningRateState(state.count + 1, state.peak, rate)
+        return updates, state._replace(count=state.count + 1, learning_rate=rate)
 
     return optax.GradientTransformation(init, update)
+
+
+def _factor(name: str, count: jax.Array, warmup: jax.Array, total: jax.Array) -> jax.Array:
+    """The share of the peak that the rate of update `count` is."""
+    step, rise = count.astype(jnp.float32), warmup.astype(jnp.float32)
+    length = jnp.maximum(total.astype(jnp.float32) - rise, 1.0)
+    done = jnp.clip((step - rise) / length, 0.0, 1.0)
+    return jnp.where(step < rise, step / jnp.maximum(rise, 1.0), _SHAPES[name](done))
+
+
+def _by_number(
+    value: float, update: Callable[[jax.Array, PyTree, PyTree], PyTree], check: Any = None
+) -> optax.GradientTransformation:
+    """The transformation `update(number, updates, params)` whose number is its state.
+
+    `check(params)` may refuse the parameters at `init`.
+    """
+
+    def init(params):
+        if check is not None:
+            check(params)
+        return NumberState(jnp.asarray(value, jnp.float32))
+
+    return optax.GradientTransformation(
+        init, lambda updates, state, params=None: (update(state.value, updates, params), state)
+    )
+
+
+def _clip(largest: jax.Array, updates: PyTree, params: PyTree) -> PyTree:
+    """Updates of a global norm of at most `largest`, as `optax.clip_by_global_norm`."""
+    del params
+    with jax.numpy_dtype_promotion("standard"):
+        norm = optax.tree.norm(updates)
+
+    def clip(update):
+        clipped = update / norm.astype(update.dtype) * largest.astype(update.dtype)
+        return jnp.where(norm < largest.astype(norm.dtype), update, clipped)
+
+    return jax.tree.map(clip, updates)
+
+
+def _add_decay(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adds weight decay × parameter, for the arrays that `no_decay` does not name."""
+
+    def check(params):
+        if config.weight_decay:
+            trees.select(
+                trees.flatten_arrays(params), config.no_decay, field="OptimizerConfig.no_decay"
+            )
+
+    def update(decay, updates, params):
+        if params is None:
+            raise ValueError("build_optimizer: update needs the parameters; pass params.")
+
+        def add(path, update, parameter):
+            if trees.matches(trees.path_name(path), config.no_decay):
+                return update
+            decayed = decay.astype(parameter.dtype) * parameter
+            return update + decayed.astype(update.dtype)
+
+        return jax.tree_util.tree_map_with_path(add, updates, params)
+
+    return _by_number(config.weight_decay, update, check)
 
 
 def _scale_lora_b(ratio: float) -> optax.GradientTransformation:
     """LoRA+ (Hayou et al. 2024): updates of each leaf's `b` times `ratio`, decay included."""
 
-    def init(params):
+    def check(params):
         if not any(_lora_b(*entry) for entry in _arrays_in_leaves(params)):
             raise ValueError(
                 f"OptimizerConfig.lora_plus_ratio is {ratio}, but no trainable parameter is the B "
-                "factor "
-                "of a LoRA leaf. Add LoRA to the parameters, or set the ratio to None."
+                "factor of a LoRA leaf. Add LoRA to the parameters, or set the ratio to None."
             )
-        return optax.EmptyState()
 
-    def update(updates, state, params=None):
+    def update(ratio, updates, params):
         del params
 
         def scale(parameter):
             return jax.tree_util.tree_map_with_path(
-                lambda path, u: u * ratio if _lora_b(parameter, path) else u, parameter
+                lambda path, u: u * ratio.astype(u.dtype) if _lora_b(parameter, path) else u,
+                parameter,
             )
 
-        return jax.tree.map(scale, updates, is_leaf=is_leaf), state
+        return jax.tree.map(scale, updates, is_leaf=is_leaf)
 
-    return optax.GradientTransformation(init, update)
+    return _by_number(ratio, update, check)
 
 
 def _in_standard_promotion(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -217,20 +299,6 @@ def _lora_b(parameter: Any, path: tuple[Any, ...]) -> bool:
     return is_leaf(parameter) and trees.path_name(path[-1:]) == "b"
 
 
-def _decayed(excluded: tuple[str, ...]):
-    """The mask of `add_decayed_weights`: every array but those whose path matches."""
-
-    def mask(params):
-        spared = set(
-            trees.select(trees.flatten_arrays(params), excluded, field="OptimizerConfig.no_decay")
-        )
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: trees.path_name(path) not in spared, params
-        )
-
-    return mask
-
-
 def _scale_by_sgd(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.trace(decay=config.b1) if config.b1 else optax.identity()
 
@@ -251,10 +319,10 @@ _SCALINGS = {
     "lion": lambda c: optax.scale_by_lion(b1=c.b1, b2=c.b2),
 }
 
-_SHAPES = {
-    "constant": lambda steps: optax.constant_schedule(1.0),
-    "linear": lambda steps: optax.linear_schedule(1.0, 0.0, steps),
-    "cosine": lambda steps: optax.cosine_decay_schedule(1.0, steps),
+_SHAPES: dict[str, Callable[[jax.Array], jax.Array]] = {  # of the share of the fall that is done
+    "constant": jnp.ones_like,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
 }
 
 

@@ -34,15 +34,30 @@ def make_train_step(
     accumulation: int = 1,
     out_shardings: tuple[PyTree, PyTree] | None = None,
 ) -> Callable[[PyTree, PyTree, PyTree, Batch, Array], tuple[PyTree, PyTree, dict[str, Array]]]:
-    """A jitted `step(train, opt_state, frozen, batch, key) -> (train, opt_state, metrics)`.
+    """`train_step`, jitted; `train` and `opt_state` are donated: the arrays that went in are gone.
+
+    On a mesh, `out_shardings` are those of (train, opt_state), so that what comes out lies as what
+    went in.
+    """
+    step = train_step(apply, objective, tx, accumulation=accumulation)
+    kept = None if out_shardings is None else (*out_shardings, None)
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=kept)
+
+
+def train_step(
+    apply: Apply,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    *,
+    accumulation: int = 1,
+) -> Callable[[PyTree, PyTree, PyTree, Batch, Array], tuple[PyTree, PyTree, dict[str, Array]]]:
+    """The pure `step(train, opt_state, frozen, batch, key) -> (train, opt_state, metrics)`.
 
     `apply(params, inputs, key)` is the model on whole params, lifted if they hold leaves; `inputs`
-    is the batch without `labels` and `weights`, and the key is for dropout. `train` and `opt_state`
-    are donated: the arrays that went in are gone.
+    is the batch without `labels` and `weights`, and the key is for dropout.
 
     With `accumulation` = k the batch is computed in k parts, one after the other, with the gradient
-    of the whole: losses are summed and divided once. On a mesh, `out_shardings` are those of
-    (train, opt_state), so that what comes out lies as what went in.
+    of the whole: losses are summed and divided once.
 
     Metrics, float32 scalars: `loss` (mean over weights), `weight` (their sum), `gradient_norm`
     (before clipping), `learning_rate` (for optimizers of `build_optimizer`) and `finite`. Where the
@@ -73,12 +88,16 @@ def make_train_step(
         metrics |= {} if rate is None else {"learning_rate": rate}
         return train, opt_state, metrics | {"finite": finite.astype(jnp.float32)}
 
-    kept = None if out_shardings is None else (*out_shardings, None)
-    return jax.jit(step, donate_argnums=(0, 1), out_shardings=kept)
+    return step
 
 
 def make_eval_step(apply: Apply, objective: Objective):
-    """A jitted `step(train, frozen, batch) -> (loss_sum, weight_sum, extras)`, without dropout.
+    """`eval_step`, jitted."""
+    return jax.jit(eval_step(apply, objective))
+
+
+def eval_step(apply: Apply, objective: Objective):
+    """The pure `step(train, frozen, batch) -> (loss_sum, weight_sum, extras)`, without dropout.
 
     Sums add up over batches; `extras` are the objective's.
     """
@@ -87,7 +106,7 @@ def make_eval_step(apply: Apply, objective: Objective):
         logits = apply(trees.combine(train, frozen), inputs_of(batch), None)
         return objective(logits, batch)
 
-    return jax.jit(step)
+    return step
 
 
 def inputs_of(batch: Batch) -> dict[str, Array]:

@@ -1,0 +1,107 @@
+"""The page of a sweep: one HTML file that opens from disk, with sortable tables and the figures."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from lorax_ft.sweeps.tables import Cell, cell_text
+
+STYLE = """
+:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
+body { max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #8885; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+td { white-space: nowrap; }
+th button { all: unset; cursor: pointer; font-weight: 600; }
+th button:focus-visible { outline: 2px solid; }
+th[aria-sort=ascending] button::after { content: " \\25B2"; }
+th[aria-sort=descending] button::after { content: " \\25BC"; }
+figure { display: inline-block; margin: .5rem 1rem 1rem 0; }
+figure img { max-width: 100%; background: #fff; }
+figcaption { font-size: .85rem; }
+"""
+
+# Sorts by the cells' data-value: as numbers where all are, what is missing at the end.
+SCRIPT = """
+function key(cell) {
+  const text = cell.dataset.value;
+  const number = Number(text);
+  return text === "" ? null : Number.isNaN(number) ? text : number;
+}
+function compare(a, b) {
+  if (typeof a === "number" && typeof b === "number") return a - b;
+  return String(a).localeCompare(String(b));
+}
+document.querySelectorAll("th button").forEach(button => button.addEventListener("click", () => {
+  const head = button.parentElement, body = head.closest("table").tBodies[0];
+  const falling = head.getAttribute("aria-sort") === "ascending";
+  for (const other of head.parentElement.children) other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", falling ? "descending" : "ascending");
+  const rows = [...body.rows].map(row => [key(row.cells[head.cellIndex]), row]);
+  rows.sort(([a], [b]) => {
+    if (a === null || b === null) return (a === null) - (b === null);
+    return falling ? compare(b, a) : compare(a, b);
+  });
+  body.append(...rows.map(([, row]) => row));
+}));
+"""
+
+
+def write_page(
+    path: pathlib.Path,
+    title: str,
+    lead: str,
+    tables: Mapping[str, Sequence[Mapping[str, Cell]]],
+    figures: Mapping[pathlib.Path, str],
+) -> None:
+    """Writes the page: a line of what it is of, tables by heading, PNG figures with captions.
+
+    Everything is within the file, so it needs no network and can be sent as it is.
+    """
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>",
+    ]
+    for heading, records in tables.items():
+        if records:
+            parts += [f"<h2>{html.escape(heading)}</h2>", _table(records)]
+    if figures:
+        parts.append("<h2>Figures</h2>")
+    for image, caption in figures.items():
+        data, words = base64.b64encode(image.read_bytes()).decode(), html.escape(caption)
+        parts.append(
+            f'<figure><img alt="{words}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{words}</figcaption></figure>"
+        )
+    parts.append(f"<script>{SCRIPT}</script></body></html>")
+    path.write_text("\n".join(parts) + "\n", "utf-8")
+
+
+def _table(records: Sequence[Mapping[str, Cell]]) -> str:
+    names = list(records[0])
+    head = "".join(
+        f'<th scope="col"><button type="button">{html.escape(name)}</button></th>' for name in names
+    )
+    rows = [
+        "<tr>" + "".join(_cell(record.get(name)) for name in names) + "</tr>" for record in records
+    ]
+    body = "\n".join(rows)
+    return (
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody>'
+        "</table></div>"
+    )
+
+
+def _cell(value: Cell) -> str:
+    missing = value is None or (isinstance(value, float) and not math.isfinite(value))
+    raw = "" if missing else html.escape(str(value), quote=True)
+    return f'<td data-value="{raw}">{html.escape(cell_text(value))}</td>'

@@ -1,0 +1,59 @@
+"""The report of a sweep: CSV, Markdown, figures and a page, in its folder `report`."""
+
+from __future__ import annotations
+
+import pathlib
+
+from lorax_ft.sweeps.directory import read_record, read_rows
+from lorax_ft.sweeps.figures import draw
+from lorax_ft.sweeps.page import write_page
+from lorax_ft.sweeps.tables import (
+    comparisons_table,
+    csv_text,
+    markdown_table,
+    run_records,
+    settings_table,
+    text_table,
+)
+
+RUNS = "Runs"
+SETTINGS = "Settings, over seeds"
+METHODS = "Methods, each at its best setting"
+
+
+def write_report(
+    sweep_dir: str | pathlib.Path, *, metric: str | None = None, mode: str | None = None
+) -> str:
+    """Writes `report/` of a sweep and returns its tables as text.
+
+    `metric` and `mode` are by default the sweep's own. A method is compared with the best one on
+    the seeds that both have: the 95 % confidence interval of the mean difference, and the paired
+    t-test. Raises FileNotFoundError where there is no sweep, ValueError where no run is finished
+    that has the metric.
+    """
+    directory = pathlib.Path(sweep_dir)
+    record, rows = read_record(directory), read_rows(directory)
+    metric, mode = str(metric or record["sweep"]["metric"]), str(mode or record["sweep"]["mode"])
+    if not any(row.metric(metric) == row.metric(metric) for row in rows):
+        raise ValueError(f"{directory}: no run of this sweep is finished and has {metric}.")
+    tables = {
+        METHODS: comparisons_table(rows, metric, mode),
+        SETTINGS: settings_table(rows, metric, mode),
+        RUNS: run_records(rows),
+    }
+    target = directory / "report"
+    figures = draw(rows, directory, target, metric=metric, mode=mode)
+    lead = (
+        f"{len(rows)} of {record['runs']} runs are finished. The metric is {metric}, of which "
+        f"{'more' if mode == 'max' else 'less'} is better."
+    )
+    (target / "runs.csv").write_text(csv_text(tables[RUNS]))
+    (target / "settings.csv").write_text(csv_text(tables[SETTINGS]))
+    sections = [f"## {heading}\n\n{markdown_table(table)}" for heading, table in tables.items()]
+    pictures = [f"![{title}]({name})" for name, title in figures.items()]
+    text = "\n".join([f"# {directory.name}\n\n{lead}\n", *sections, *pictures]) + "\n"
+    (target / "report.md").write_text(text)
+    images = {target / name: title for name, title in figures.items()}
+    write_page(target / "index.html", directory.name, lead, tables, images)
+    shown = [f"{heading}\n{text_table(tables[heading])}" for heading in (METHODS, SETTINGS)]
+    return "\n\n".join([lead, *shown, f"The page is {target / 'index.html'}."])

@@ -1,0 +1,198 @@
+"""What a sweep is: the config of a sweep file, and the runs that it makes of a base config."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorax_ft.config import ExperimentConfig, flat, key_names, parse, to_dict, unknown_key
+from lorax_ft.sweeps.groups import Run
+from lorax_ft.sweeps.spaces import Distribution
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Halving:
+    """Successive halving: of the runs that came so far, the best go on.
+
+    At `first` evaluations, then at `factor` times as many, and so on, a run goes on if it is among
+    the best 1/`factor` of those that came there before it (Li et al. 2020, "A System for Massively
+    Parallel Hyperparameter Tuning": no run waits for another).
+    """
+
+    first: int = 1
+    factor: int = 3
+
+    def __post_init__(self):
+        if self.first < 1 or self.factor < 2:
+            raise ValueError(
+                "Halving: expected first of at least 1 and factor of at least 2, got "
+                f"{self.first} and {self.factor}."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+    """Runs that are proposed one after another, by how those before them did."""
+
+    space: Mapping[str, Distribution]
+    trials: int
+    sampler: str = "tpe"  # of Optuna: tpe, random
+    pruner: str | None = None  # of Optuna: median, halving, hyperband
+    seed: int = 0
+    storage: str | None = None  # URL of the study; None: SQLite in the sweep's directory
+
+    def __post_init__(self):
+        for field, names in (("sampler", ("tpe", "random")), ("pruner", PRUNERS)):
+            if getattr(self, field) not in names:
+                raise ValueError(
+                    f"Search.{field} is {getattr(self, field)!r}, expected one of {names}."
+                )
+        if self.trials < 1 or not self.space:
+            raise ValueError(
+                "Search: expected at least one trial and one key, got "
+                f"{self.trials} and {sorted(self.space)}."
+            )
+
+
+PRUNERS = (None, "median", "halving", "hyperband")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Which runs there are, and how they are run and compared."""
+
+    runs: Sequence[Mapping[str, Any]] = ()  # what each changes of the config
+    search: Search | None = None  # proposes runs, each with the changes of every entry of `runs`
+    metric: str = "validation.accuracy"  # a split's, by which runs are compared
+    mode: str = "max"  # whether more of it ("max") or less of it ("min") is better
+    slots: int | None = None  # runs at a time; None: as many as memory has room for
+    memory: int | None = None  # bytes that a group may take; None: what the device has free
+    same_order: bool = False  # all runs see the base config's batches, whatever their seeds
+    collapse_patience: int | None = 3  # evaluations in a row of one class that end a run
+    halving: Halving | None = None  # ends runs early; needs evaluations on the way
+
+    def __post_init__(self):
+        if not self.runs and self.search is None:
+            raise ValueError("SweepConfig.runs is empty: the sweep would have no run.")
+        if self.mode not in ("max", "min"):
+            raise ValueError(f'SweepConfig.mode must be "max" or "min", got {self.mode!r}.')
+        if not re.fullmatch(r"(validation|test)\.\w+", self.metric):
+            raise ValueError(
+                f"SweepConfig.metric is {self.metric!r}, expected a split and one of its metrics, "
+                'such as "validation.accuracy".'
+            )
+        for field in ("slots", "memory", "collapse_patience"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"SweepConfig.{field} must be at least 1, or None, got {value}.")
+        if self.halving is not None and self.search is not None:
+            raise ValueError("SweepConfig: give halving to `search` as its pruner.")
+
+
+def load_sweep(path: str | pathlib.Path) -> SweepConfig:
+    """What `get_sweep()` of a Python file gives: a `SweepConfig`, or a list of changes.
+
+    An argument for it may stand behind a colon. Raises FileNotFoundError, or ValueError for a file
+    without it or of another result.
+    """
+    path, _, argument = str(path).partition(":")
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"--sweep={path}: there is no such file.")
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_sweep"):
+        raise ValueError(f"--sweep={path}: the file has no get_sweep().")
+    found = module.get_sweep(argument) if argument else module.get_sweep()
+    if isinstance(found, list | tuple):
+        found = SweepConfig(runs=tuple(found))
+    if not isinstance(found, SweepConfig):
+        raise ValueError(
+            f"--sweep={path}: get_sweep() gave a {type(found).__name__}; expected a SweepConfig "
+            "or a list of changes."
+        )
+    return found
+
+
+def make_runs(config: ExperimentConfig, sweep: SweepConfig) -> tuple[Run, ...]:
+    """The runs of a sweep that lists them, with names of their own.
+
+    Raises ValueError, naming the run and the key, for what the config does not have or take, and
+    for two runs that are the same.
+    """
+    made = [make_run(config, sweep, i, changes) for i, changes in enumerate(sweep.runs)]
+    texts: dict[str, str] = {}
+    for run in made:
+        text = json.dumps(to_dict(run.config), sort_keys=True)
+        if text in texts:
+            raise ValueError(f"{run.name} is the same run as {texts[text]}: leave out one of them.")
+        texts[text] = run.name
+    if sweep.same_order and len({repr(run.config.data) for run in made}) > 1:
+        raise ValueError(
+            "SweepConfig.same_order: all runs are to see the same batches, but they differ in "
+            f"{', '.join(_differing(made))}. Set same_order=False, or make them agree."
+        )
+    return tuple(made)
+
+
+def make_run(
+    config: ExperimentConfig, sweep: SweepConfig, number: int, changes: Mapping[str, Any]
+) -> Run:
+    """The run that has some keys of the config changed. Raises as `make_runs` does."""
+    where = f"run {number}"
+    removed = tuple(f"{key}." for key, value in changes.items() if value is None)
+    changes = {key: value for key, value in changes.items() if not key.startswith(removed)}
+    if sweep.same_order:
+        seed = config.data.loader.seed
+        changes = {**changes, "data.loader.seed": config.seed if seed is None else seed}
+    try:
+        changed = change(config, changes)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return Run(name=_name(number, changes), config=changed, changes=dict(changes))
+
+
+def change(config: ExperimentConfig, changes: Mapping[str, Any]) -> ExperimentConfig:
+    """The config with other values at dotted keys. Raises ValueError as `config.parse` does."""
+    values, names = to_dict(config), key_names(ExperimentConfig, "config")
+    for key, value in changes.items():
+        section, (*parts, last) = values, key.split(".")
+        for part in parts:
+            if section.get(part) is None:
+                section[part] = {}
+            section = section[part]
+            if not isinstance(section, dict):
+                raise ValueError(unknown_key(f"config.{key}", value, names))
+        section[last] = value
+    return parse(values, ExperimentConfig)
+
+
+def _name(number: int, changes: Mapping[str, Any]) -> str:
+    """`003-rank=4-learning_rate=0.001`: what a run changes, in the name of its directory."""
+    parts = [f"{number:03d}"]
+    for key, value in changes.items():
+        if value is None or key == "data.loader.seed":
+            continue
+        if isinstance(value, Mapping):  # a method's section
+            inner = [f"{name}={_short(v)}" for name, v in value.items()]
+            parts.append("-".join([key.rpartition(".")[2], *inner]))
+        else:
+            parts.append(f"{key.rpartition('.')[2]}={_short(value)}")
+    return re.sub(r"[^\w.=+-]+", "_", "-".join(parts))[:100]
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _differing(made: Sequence[Run]) -> list[str]:
+    """The keys of `data` that not all runs have alike."""
+    configs = [flat(to_dict(run.config)["data"], "data") for run in made]
+    return [key for key in configs[0] if any(c.get(key) != configs[0][key] for c in configs[1:])]

@@ -1,0 +1,208 @@
+"""Tables of a sweep: its runs, and means over seeds with intervals; as text, Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorax_ft.experiment import method_names
+from lorax_ft.sweeps.directory import Row
+from lorax_ft.sweeps.statistics import Summary, compare, summarize
+
+Cell = str | float | int | None
+
+
+def results_table(rows: Sequence[Row], metric: str, mode: str) -> str:
+    """The finished runs as lines of text, the best first."""
+    sign = -1 if mode == "max" else 1
+
+    def order(row: Row) -> float:
+        value = row.metric(metric)
+        return sign * value if math.isfinite(value) else math.inf
+
+    shown = [
+        {"run": row.name, metric: row.metric(metric), **_cost(row)}
+        for row in sorted(rows, key=order)
+    ]
+    return text_table(shown)
+
+
+def run_records(rows: Sequence[Row]) -> list[dict[str, Cell]]:
+    """A flat record of each run: what it changes, all its metrics, what it cost.
+
+    Every record has the same keys; what a run does not have is None.
+    """
+    records = []
+    for row in rows:
+        record: dict[str, Cell] = {"run": row.name, "method": method_names(row.config)}
+        record["seed"] = row.config.seed
+        for key, value in row.changes.items():
+            if not isinstance(value, Mapping) and value is not None and key != "seed":
+                record[key] = value if isinstance(value, str | int | float) else json.dumps(value)
+            elif isinstance(value, Mapping):
+                record |= {f"{key}.{name}": _cell(inner) for name, inner in value.items()}
+        for part, metrics in row.results["metrics"].items():
+            record |= {f"{part}.{name}": value for name, value in metrics.items()}
+        records.append(record | _cost(row))
+    names = list(dict.fromkeys(name for record in records for name in record))
+    return [{name: record.get(name) for name in names} for record in records]
+
+
+def settings_table(rows: Sequence[Row], metric: str, mode: str) -> list[dict[str, Cell]]:
+    """A record for each setting: its mean over seeds, the deviation and the interval of the mean.
+
+    Runs that differ in their seed alone are of one setting. The best setting is first.
+    """
+    sign = -1 if mode == "max" else 1
+    found = [
+        (summary, setting)
+        for setting, summary in summarize(_by_setting(rows, metric)).items()
+        if summary.count
+    ]
+    found.sort(key=lambda pair: sign * pair[0].mean)
+    return [{"setting": setting, **_summary(summary)} for summary, setting in found]
+
+
+def comparisons_table(rows: Sequence[Row], metric: str, mode: str) -> list[dict[str, Cell]]:
+    """The best setting of each method against that of the best method, paired by seed.
+
+    Each method is taken at its own best setting: one rate for all would compare rates.
+    """
+    sign = -1 if mode == "max" else 1
+    by_setting = _by_setting(rows, metric)
+    methods: dict[str, list[str]] = {}
+    for row in rows:
+        methods.setdefault(method_names(row.config), []).append(setting_of(row))
+    summaries = summarize(by_setting)
+    best = {
+        method: min(
+            (s for s in settings if summaries[s].count),
+            key=lambda s: sign * summaries[s].mean,
+            default=None,
+        )
+        for method, settings in methods.items()
+    }
+    ranked = sorted(
+        ((method, setting) for method, setting in best.items() if setting is not None),
+        key=lambda pair: sign * summaries[pair[1]].mean,
+    )
+    records: list[dict[str, Cell]] = []
+    for method, setting in ranked:
+        record: dict[str, Cell] = {"method": method, "setting": setting}
+        record |= _summary(summaries[setting])
+        if method != ranked[0][0]:
+            found = compare(by_setting[setting], by_setting[ranked[0][1]])
+            record |= {
+                "difference": found.difference,
+                "difference low": found.low,
+                "difference high": found.high,
+                "p": found.p,
+                "pairs": found.pairs,
+            }
+        records.append(record)
+    names = list(dict.fromkeys(name for record in records for name in record))
+    return [{name: record.get(name) for name in names} for record in records]
+
+
+def setting_of(row: Row) -> str:
+    """What a run changes but for its seed, in words."""
+    parts = []
+    for key, value in row.changes.items():
+        if key in ("seed", "data.loader.seed") or value is None:
+            continue
+        if isinstance(value, Mapping):
+            inner = ", ".join(f"{name}={cell_text(v)}" for name, v in value.items())
+            parts.append(f"{key}({inner})" if inner else key)
+        else:
+            parts.append(f"{key}={cell_text(value)}")
+    return " ".join(parts) or method_names(row.config)
+
+
+def text_table(records: Sequence[Mapping[str, Cell]]) -> str:
+    """Records as lines of text, numbers to the right.
+
+    >>> print(text_table([{"run": "a", "accuracy": 0.5}, {"run": "bc", "accuracy": None}]))
+    run  accuracy
+    a      0.5000
+    bc
+    """
+    rows = _rows(records)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown_table(records: Sequence[Mapping[str, Cell]]) -> str:
+    """Records as a table in Markdown."""
+    head, *rows = _rows(records)
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def csv_text(records: Sequence[Mapping[str, Cell]]) -> str:
+    """Records as CSV, numbers in full."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, fieldnames=list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: "" if v is None else v for k, v in r.items()} for r in records)
+    return file.getvalue()
+
+
+def _by_setting(rows: Sequence[Row], metric: str) -> dict[str, dict[int, float]]:
+    """A metric by setting and seed."""
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        found.setdefault(setting_of(row), {})[row.config.seed] = row.metric(metric)
+    return found
+
+
+def _summary(summary: Summary) -> dict[str, Cell]:
+    return {
+        "mean": summary.mean,
+        "deviation": summary.deviation,
+        "low": summary.low,
+        "high": summary.high,
+        "seeds": summary.count,
+    }
+
+
+def _cost(row: Row) -> dict[str, Cell]:
+    results = row.results
+    counts = results["parameters"]
+    return {
+        "outcome": results["outcome"],
+        "steps": results["step"],
+        "trainable": counts["trainable"],
+        "share": counts["trainable"] / counts["total"],
+        "seconds": round(results["seconds"], 2),
+    }
+
+
+def _rows(records: Sequence[Mapping[str, Cell]]) -> list[list[str]]:
+    names = list(records[0])
+    return [names, *([cell_text(record.get(name)) for name in names] for record in records)]
+
+
+def _cell(value: Any) -> Cell:
+    return value if isinstance(value, str | int | float) or value is None else json.dumps(value)
+
+
+def cell_text(value: Any) -> str:
+    """A value as a table shows it: a float to four digits behind the point, or to four in all.
+
+    >>> cell_text(0.98765), cell_text(0.0003), cell_text(2e30), cell_text(1234), cell_text(None)
+    ('0.9877', '0.0003', '2e+30', '1,234', '')
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4f}" if value == 0 or 0.01 <= abs(value) < 1e6 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
