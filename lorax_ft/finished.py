@@ -14,11 +14,13 @@ from lorax_ft import methods, prediction, runs, training, trees
 from lorax_ft.adapted import Adapted, find_path, load_adapted, make_apply
 from lorax_ft.data import (
     Dataset,
+    SequenceToSequence,
     TextClassification,
     Tokenizer,
     evaluation_batches,
     load_dataset,
     load_tokenizer,
+    source_of,
 )
 from lorax_ft.generation import GenerationConfig
 from lorax_ft.models import hub
@@ -118,7 +120,9 @@ def generate(
     """
     finished = load_run(run_dir)
     model, params = finished.adapted.model, finished.adapted.params
-    tokenizer = finished.tokenizer()
+    tokenizer, task = finished.tokenizer(), finished.record.config.data.task
+    if isinstance(task, SequenceToSequence):
+        texts = [source_of(task, text) for text in texts]
     if config.num_beams > 1:
         whole = prediction.continue_texts(model, params, tokenizer, texts, config)
         yield from (iter([text]) for text in whole)

@@ -10,7 +10,13 @@ import jax
 import numpy as np
 
 from lorax_ft import evaluation, generation
-from lorax_ft.data import LoaderConfig, TextClassification, Tokenizer, evaluation_batches
+from lorax_ft.data import (
+    LoaderConfig,
+    TextClassification,
+    Tokenizer,
+    encode_sources,
+    evaluation_batches,
+)
 from lorax_ft.generation import GenerationConfig
 from lorax_ft.models import Model
 from lorax_ft.training import shard_batch
@@ -128,14 +134,14 @@ def continue_texts(
 ) -> list[str]:
     """What a language model writes after each text, or an encoder-decoder for it, without the text.
 
-    The texts are one batch, padded on the left to a power of two: few lengths, few compilations.
+    The texts are one batch, padded to a power of two: few lengths, few compilations.
     Raises ValueError for a text of no tokens, and as `generation.generate` does.
     """
     if not texts:
         return []
     config = _with_ends(config, model, tokenizer)
     prompts = _prompts(model, tokenizer, texts)
-    inputs = _padded_left(prompts, tokenizer.pad_id, _room(model, config))
+    inputs = _padded(model, prompts, tokenizer.pad_id, _room(model, config))
     tokens, lengths = generation.generate(model, params, inputs, config, key)
     return [
         _continuation(model, tokenizer, prompt, row[:length])
@@ -154,7 +160,7 @@ def stream_text(
     """What `continue_texts` answers for one text, in pieces as they come."""
     config = _with_ends(config, model, tokenizer)
     (prompt,) = _prompts(model, tokenizer, [text])
-    inputs = _padded_left([prompt], tokenizer.pad_id, _room(model, config))
+    inputs = _padded(model, [prompt], tokenizer.pad_id, _room(model, config))
     written, shown = [], ""
     for token in generation.stream(model, params, inputs, config, key):
         written.append(int(token[0]))
@@ -174,11 +180,12 @@ def _continuation(
 
 
 def _prompts(model: Model, tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """Token ids: of texts to be continued without an end, of sources as they are."""
+    """Token ids: of texts to be continued without an end, of sources with it."""
+    if model.task == "seq2seq_lm":
+        return encode_sources(tokenizer, texts).input_ids
     prompts = []
     for text, ids in zip(texts, tokenizer.encode(texts).input_ids):
-        if model.task != "seq2seq_lm" and len(ids) and ids[-1] == tokenizer.eos_id:
-            ids = ids[:-1]
+        ids = ids[:-1] if len(ids) and ids[-1] == tokenizer.eos_id else ids
         if not len(ids):
             raise ValueError(f"The text {text!r} has no tokens: give at least one to start from.")
         prompts.append(ids)
@@ -201,17 +208,19 @@ def _room(model: Model, config: GenerationConfig) -> int | None:
     return None if longest is None else longest - config.max_new_tokens
 
 
-def _padded_left(
-    rows: Sequence[np.ndarray], pad_id: int, room: int | None
+def _padded(
+    model: Model, rows: Sequence[np.ndarray], pad_id: int, room: int | None
 ) -> dict[str, np.ndarray]:
+    """One batch: texts to be continued behind padding, sources before it as in training."""
     longest = max(map(len, rows))
     length = 2 ** max(3, (longest - 1).bit_length())
     length = length if room is None else max(longest, min(length, room))
     ids = np.full((len(rows), length), pad_id, np.int32)
     mask = np.zeros_like(ids)
     for i, row in enumerate(rows):
-        ids[i, length - len(row) :] = row
-        mask[i, length - len(row) :] = 1
+        first = 0 if model.task == "seq2seq_lm" else length - len(row)
+        ids[i, first : first + len(row)] = row
+        mask[i, first : first + len(row)] = 1
     return {"input_ids": ids, "attention_mask": mask}
 
 

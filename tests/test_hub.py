@@ -12,6 +12,7 @@ import safetensors
 import safetensors.numpy
 
 from lorax_ft import models, trees
+from lorax_ft.models import hugging_face
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "models"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
@@ -226,12 +227,13 @@ def test_module_names_are_those_of_transformers_and_can_be_inverted(case, scan_l
 
     named = set()
     for path, array in trees.flatten(params).items():
-        for layer in range(len(array)) if path.startswith("layers/") else (None,):
+        for layer in range(len(array)) if hugging_face.is_stacked(path) else (None,):
             name = models.hugging_face_name(model, path, layer)
             module, found = models.module_path(model, name)
             named.add(name)
-            where = module if scan_layers or found is None else f"layers_{found}{module[6:]}"
-            assert (where, found if scan_layers else None) == (path.rpartition("/")[0], layer)
+            if not scan_layers and found is not None:
+                module = hugging_face.in_layer(module, found)
+            assert (module, found if scan_layers else None) == (path.rpartition("/")[0], layer)
 
     assert named == modules
 

@@ -14,7 +14,7 @@ from lorax_ft import models, trees
 from lorax_ft.inspection import inspect
 from lorax_ft.lift import lift
 from lorax_ft.methods import LoraConfig, add_lora
-from lorax_ft.models.t5 import position_buckets
+from lorax_ft.models.relative_positions import position_buckets
 from tests.test_llama import TOLERANCE
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "models"

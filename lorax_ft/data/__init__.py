@@ -22,6 +22,7 @@ from lorax_ft.data.tasks import (
     encode_sources,
     label_texts,
     make_examples,
+    source_of,
 )
 from lorax_ft.data.tokenization import Tokenizer, load_tokenizer
 
@@ -51,5 +52,6 @@ __all__ = [
     "plan_epoch",
     "read",
     "read_splits",
+    "source_of",
     "tfidf_baseline",
 ]

@@ -319,7 +319,7 @@ def _sequence_to_sequence(
     end = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], np.int32)
     parts, notes, longest = {}, [], task.max_target_length
     for part, table in tables.items():
-        sources = encode_sources(fill_template(table, task), task, tokenizer)
+        sources = encode_sources(tokenizer, fill_template(table, task), max_length=task.max_length)
         targets = tokenizer.encode(
             table.texts(task.target, field="task.target"), special_tokens=False
         ).input_ids
@@ -341,16 +341,19 @@ def _sequence_to_sequence(
     return Examples(parts=parts, notes=tuple(notes))
 
 
-def encode_sources(texts: Sequence[str], task: SequenceToSequence, tokenizer: Tokenizer) -> Encoded:
+def encode_sources(
+    tokenizer: Tokenizer, texts: Sequence[str], *, max_length: int | None = None
+) -> Encoded:
     """Token ids of sources, with the end that an encoder-decoder's texts have.
 
     T5's own tokenizers put it there; a SentencePiece model by itself does not.
     """
-    encoded, end = tokenizer.encode(texts, max_length=task.max_length), tokenizer.eos_id
+    encoded, end = tokenizer.encode(texts, max_length=max_length), tokenizer.eos_id
+    room = None if max_length is None else max_length - 1
     ids = [
         row
         if end is None or (len(row) and row[-1] == end)
-        else np.append(row[: task.max_length - 1], np.int32(end))
+        else np.append(row[:room], np.int32(end))
         for row in encoded.input_ids
     ]
     return dataclasses.replace(encoded, input_ids=ids)
@@ -369,6 +372,16 @@ MAKERS: dict[type, Callable[..., Examples]] = {
 
 
 # --- Templates ------------------------------------------------------------------------------------
+
+
+def source_of(task: SequenceToSequence, text: str) -> str:
+    """The source that has `text` in the place of its column. Raises ValueError for several."""
+    if len(task.texts) > 1:
+        raise ValueError(
+            f"SequenceToSequence.source = {task.source!r} is made of {len(task.texts)} columns: "
+            "one text does not fill it."
+        )
+    return "".join(before + (text if name else "") for before, name in task.segments)
 
 
 def _segments(task: Any, field: str) -> list[Segment]:

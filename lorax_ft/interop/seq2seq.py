@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_ft.models.model import Model
-from lorax_ft.models.t5 import T5Config
+from lorax_ft.models.t5_config import T5Config
 from lorax_ft.models.virtual import split_virtual
 
 UNREAD = "unread"

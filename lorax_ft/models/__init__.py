@@ -14,7 +14,8 @@ from lorax_ft.models.model import (
     hugging_face_name,
     module_path,
 )
-from lorax_ft.models.t5 import T5, T5Config, shift_right
+from lorax_ft.models.t5 import T5, shift_right
+from lorax_ft.models.t5_config import T5Config
 
 __all__ = [
     "T5",

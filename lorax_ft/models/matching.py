@@ -14,7 +14,7 @@ import numpy as np
 from lorax_ft.models import hugging_face
 from lorax_ft.models.four_bit import FourBitFiles
 from lorax_ft.models.model import Model
-from lorax_ft.models.t5 import T5Config
+from lorax_ft.models.t5_config import T5Config
 from lorax_ft.models.tensor_files import TensorFiles
 from lorax_ft.trees import flatten
 

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lorax_ft.models import decoders, encoders, gpt2, hugging_face, t5
+from lorax_ft.models import decoders, encoders, gpt2, hugging_face, t5_config
 from lorax_ft.models.bert import Bert, BertConfig
 from lorax_ft.models.gpt2 import Gpt2, Gpt2Config
 from lorax_ft.models.layers import Array, ComputeConfig, PyTree
 from lorax_ft.models.llama import Llama, LlamaConfig
-from lorax_ft.models.t5 import T5, T5Config
+from lorax_ft.models.t5 import T5
+from lorax_ft.models.t5_config import T5Config
 from lorax_ft.models.virtual import Virtual, length_of, split_virtual
 from lorax_ft.trees import nearest
 
@@ -53,7 +54,7 @@ FAMILIES: Mapping[str, Family] = {  # by config.json's model_type
         model_type: Family(config=LlamaConfig, module=Llama, tables=variant.tables)
         for model_type, variant in decoders.VARIANTS.items()
     },
-    "t5": Family(config=T5Config, module=T5, tables=t5.TABLES),
+    "t5": Family(config=T5Config, module=T5, tables=t5_config.TABLES),
 }
 
 

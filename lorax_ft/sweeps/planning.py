@@ -131,7 +131,7 @@ def free_memory() -> int:
 
 
 def _idle_batches(program: Program) -> list[tuple[Batch, float]]:
-    """Batches [slots, ...] of weight zero, one of each shape that an epoch has, and their shares."""
+    """A batch [slots, ...] of weight zero of each shape in an epoch, with the shape's share."""
     batches = Batches(program.source, program.group.first, program.slots)
     found = []
     for numbers in batches.shapes.values():

@@ -26,7 +26,8 @@ from lorax_ft.lift import lift
 from lorax_ft.methods import merge
 from lorax_ft.models import hub
 from lorax_ft.models.model import INPUTS, module_path
-from lorax_ft.models.t5 import T5Config, shift_right
+from lorax_ft.models.t5 import shift_right
+from lorax_ft.models.t5_config import T5Config
 from lorax_ft.training.objectives import OBJECTIVES
 from lorax_ft.training.optimizers import OptimizerConfig, build_optimizer
 from lorax_ft.training.step import make_train_step
