@@ -10,6 +10,7 @@ from lorax_ft.sweeps.page import write_page
 from lorax_ft.sweeps.tables import (
     comparisons_table,
     csv_text,
+    judge,
     markdown_table,
     run_records,
     settings_table,
@@ -26,10 +27,11 @@ def write_report(
 ) -> str:
     """Writes `report/` of a sweep and returns its tables as text.
 
-    `metric` and `mode` are by default the sweep's own. A method is compared with the best one on
-    the seeds that both have: the 95 % confidence interval of the mean difference, and the paired
-    t-test. Raises FileNotFoundError where there is no sweep, ValueError where no run is finished
-    that has the metric.
+    `metric` and `mode` are by default the sweep's own. Settings are chosen by it; methods are
+    compared by the same of the test split, where there is one. A method is compared with the best
+    one on the seeds that both have: the 95 % confidence interval of the mean difference, and the
+    paired t-test. Raises FileNotFoundError where there is no sweep, ValueError where no run is
+    finished that has the metric.
     """
     directory = pathlib.Path(sweep_dir)
     record, rows = read_record(directory), read_rows(directory)
@@ -47,6 +49,8 @@ def write_report(
         f"{len(rows)} of {record['runs']} runs are finished. The metric is {metric}, of which "
         f"{'more' if mode == 'max' else 'less'} is better."
     )
+    if (judged := judge(rows, metric)) != metric:
+        lead += f" Methods are compared by {judged}, by which no setting was chosen."
     (target / "runs.csv").write_text(csv_text(tables[RUNS]))
     (target / "settings.csv").write_text(csv_text(tables[SETTINGS]))
     sections = [f"## {heading}\n\n{markdown_table(table)}" for heading, table in tables.items()]

@@ -68,34 +68,34 @@ def settings_table(rows: Sequence[Row], metric: str, mode: str) -> list[dict[str
 
 
 def comparisons_table(rows: Sequence[Row], metric: str, mode: str) -> list[dict[str, Cell]]:
-    """The best setting of each method against that of the best method, paired by seed.
+    """Each method at its best setting against the best method at its own, paired by seed.
 
-    Each method is taken at its own best setting: one rate for all would compare rates.
+    One setting for all methods would compare settings. Settings are chosen by `metric`; what they
+    are compared by is `judge(rows, metric)`, which no choice was made by where there is such a one.
     """
     sign = -1 if mode == "max" else 1
-    by_setting = _by_setting(rows, metric)
-    methods: dict[str, list[str]] = {}
-    for row in rows:
-        methods.setdefault(method_names(row.config), []).append(setting_of(row))
-    summaries = summarize(by_setting)
-    best = {
-        method: min(
-            (s for s in settings if summaries[s].count),
-            key=lambda s: sign * summaries[s].mean,
-            default=None,
-        )
-        for method, settings in methods.items()
-    }
-    ranked = sorted(
-        ((method, setting) for method, setting in best.items() if setting is not None),
-        key=lambda pair: sign * summaries[pair[1]].mean,
-    )
+    scores, held_out = _by_setting(rows, metric), _by_setting(rows, judge(rows, metric))
+    chosen_by = summarize(scores)
+    examples = {setting_of(row): row for row in rows}
+    best: dict[str, str] = {}  # the setting of each method
+    for setting, row in examples.items():
+        name = method_names(row.config)
+        if chosen_by[setting].count and (
+            name not in best or sign * chosen_by[setting].mean < sign * chosen_by[best[name]].mean
+        ):
+            best[name] = setting
+    ranked = sorted(best, key=lambda name: sign * chosen_by[best[name]].mean)
+    summaries = summarize(held_out)
     records: list[dict[str, Cell]] = []
-    for method, setting in ranked:
-        record: dict[str, Cell] = {"method": method, "setting": setting}
+    for name in ranked:
+        setting, counts = best[name], examples[best[name]].results["parameters"]
+        record: dict[str, Cell] = {"method": name, "setting": setting}
+        record |= {"trainable": counts["trainable"], "share": counts["trainable"] / counts["total"]}
+        if held_out != scores:
+            record[metric] = chosen_by[setting].mean
         record |= _summary(summaries[setting])
-        if method != ranked[0][0]:
-            found = compare(by_setting[setting], by_setting[ranked[0][1]])
+        if name != ranked[0]:
+            found = compare(held_out[setting], held_out[best[ranked[0]]])
             record |= {
                 "difference": found.difference,
                 "difference low": found.low,
@@ -106,6 +106,12 @@ def comparisons_table(rows: Sequence[Row], metric: str, mode: str) -> list[dict[
         records.append(record)
     names = list(dict.fromkeys(name for record in records for name in record))
     return [{name: record.get(name) for name in names} for record in records]
+
+
+def judge(rows: Sequence[Row], metric: str) -> str:
+    """The same metric of the test split where the runs have it, else `metric` itself."""
+    test = f"test.{metric.partition('.')[2]}"
+    return test if any(math.isfinite(row.metric(test)) for row in rows) else metric
 
 
 def setting_of(row: Row) -> str:
