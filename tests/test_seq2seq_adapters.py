@@ -78,7 +78,7 @@ def test_with_an_odd_number_of_layers_each_has_its_own_and_goes_out(tmp_path):
 def test_a_prompt_of_another_size_is_refused():
     model, base = hub.load(GOLDEN / "even")
     source = GOLDEN / "even" / "adapters" / "prompt"
-    config, tensors = interop.files.read(source)
-    config["num_virtual_tokens"] = 3
+    found = interop.files.read(source)
+    config = {**found.config, "num_virtual_tokens": 3}
     with pytest.raises(ValueError, match=r"has 8 rows, but num_virtual_tokens is 3, for 2 halves"):
-        interop.prompts.from_peft(config, tensors, model, base)
+        interop.prompts.from_peft(config, found.tensors, model, base)

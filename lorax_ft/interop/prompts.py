@@ -114,7 +114,8 @@ def from_peft(
             + (f", for {halves} halves." if halves > 1 else ".")
         )
     if is_prefix:
-        return _with_prefix(vectors, model, params), (*trained, r"prefix/(?!unread$).*")
+        params = _with_prefix(vectors, model, params)
+        return params, (*trained, _all_but_unread(params, "prefix"))
     d = model.config.hidden_size
     if vectors.shape[1] != d:
         raise ValueError(
@@ -122,7 +123,15 @@ def from_peft(
             f"vectors have {d}. Is this the adapter's base model?"
         )
     prompt = seq2seq.split_prompt(vectors, length)
-    return {**params, "prompt": prompt}, (*trained, r"prompt/(?!unread$).*")
+    params = {**params, "prompt": prompt}
+    return params, (*trained, _all_but_unread(params, "prompt"))
+
+
+def _all_but_unread(params: Mapping[str, Any], name: str) -> str:
+    """The pattern of what is trained of a prompt or prefix."""
+    if seq2seq.UNREAD in params[name]:
+        return rf"{name}/(?!{seq2seq.UNREAD}$).*"
+    return f"{name}/.*"
 
 
 def _with_prefix(vectors: np.ndarray, model: Model, params: Any) -> Any:

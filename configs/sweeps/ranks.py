@@ -1,0 +1,19 @@
+"""Ranks of LoRA from 1 to 64 times five learning rates, with three seeds: 105 runs, one program.
+
+    lorax-ft sweep --config=configs/trec.py:lora --sweep=configs/sweeps/ranks.py \
+        --config.data.split.validation=0.1
+"""
+
+from lorax_ft.sweeps import SweepConfig, grid
+
+
+def get_sweep() -> SweepConfig:
+    return SweepConfig(
+        runs=grid(
+            {
+                "lora.rank": [1, 2, 4, 8, 16, 32, 64],
+                "optimizer.learning_rate": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
+                "seed": [0, 1, 2],
+            }
+        )
+    )
