@@ -12,7 +12,7 @@ from lorax_ft.sweeps import SweepConfig, grid, method, product
 
 METHODS = {  # what a run changes, and the middle of its learning rates
     "full": (method("full"), 1e-4),
-    "top_layers": (method("top_layers", count=1), 5e-4),
+    "top_layers": ({**method("top_layers", count=1), "model.compute.scan_layers": False}, 5e-4),
     "head": (method("head"), 1e-2),
     "lora": (method("lora", rank=8), 1e-3),
     "qlora": ({**method("lora", rank=8), "quantization": {"kind": "nf4"}}, 1e-3),
