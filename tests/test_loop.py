@@ -1,6 +1,5 @@
 """The loop: stopping and going on changes no bit, and a run tells what it does."""
 
-import json
 import math
 import os
 import pathlib
@@ -367,25 +366,6 @@ def test_two_runs_in_one_directory_are_an_error_naming_the_first(tmp_path):
         run(tmp_path)
 
     assert run(tmp_path)[0].outcome == "finished"
-
-
-def test_the_lock_of_a_process_that_died_keeps_no_one_out(tmp_path):
-    code = (
-        "import os, sys; from lorax_ft.training.locks import run_lock\n"
-        "with run_lock(sys.argv[1]): os.kill(os.getpid(), 9)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
-    assert json.loads((tmp_path / "lock").read_text())["host"] == socket.gethostname()
-
-    with run_lock(tmp_path):
-        pass
-
-
-def test_the_lock_of_another_host_is_respected_until_it_is_deleted(tmp_path):
-    (tmp_path / "lock").write_text('{"pid": 1, "host": "elsewhere"}')
-
-    with pytest.raises(RuntimeError, match=r"elsewhere.*delete"), run_lock(tmp_path):
-        pass
 
 
 def test_the_bar_shows_loss_speed_and_evaluations(tmp_path, capsys):

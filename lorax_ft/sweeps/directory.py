@@ -1,9 +1,10 @@
 """The sweep directory: what stands in it, and the runs that it gives back.
 
-sweep.json       the base config, what the sweep varies, how many runs, its groups and slots
+sweep.json       the base config, what the sweep varies, how many runs, its groups
 runs/NAME/       a run directory for each run, as `lorax-ft train` leaves it, and its member.json
-groups/NAME/     checkpoints of a group while it trains, and what successive halving decided
-study.db         Optuna's studies, where the sweep is a search
+groups/NAME/     a group's plan, its checkpoints while it trains, what successive halving decided,
+                 and Optuna's study where the sweep is a search
+slurm/           what the jobs of --launcher=slurm said
 report/          what `lorax-ft report` made
 """
 
@@ -23,7 +24,8 @@ from lorax_ft.sweeps.groups import Run
 from lorax_ft.sweeps.specification import SweepConfig
 
 FORMAT = 1
-RECORD, MEMBER, RUNS, GROUPS = "sweep.json", "member.json", "runs", "groups"
+RECORD, MEMBER, PLAN = "sweep.json", "member.json", "plan.json"
+RUNS, GROUPS = "runs", "groups"
 
 
 def check_directory(directory: pathlib.Path, config: ExperimentConfig, sweep: SweepConfig) -> None:
@@ -32,7 +34,7 @@ def check_directory(directory: pathlib.Path, config: ExperimentConfig, sweep: Sw
         return
     path = directory / RECORD
     if not path.exists():
-        if {entry.name for entry in directory.iterdir()} == {"lock"}:
+        if {entry.name for entry in directory.iterdir()} <= {"lock", GROUPS}:  # none trained
             return
         raise ValueError(
             f"{directory} is in use, and not by a sweep: it has no {RECORD}. Give another "

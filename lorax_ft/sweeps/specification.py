@@ -44,7 +44,7 @@ class Search:
     sampler: str = "tpe"  # of Optuna: tpe, random
     pruner: str | None = None  # of Optuna: median, halving, hyperband
     seed: int = 0
-    storage: str | None = None  # URL of the study; None: SQLite in the sweep's directory
+    storage: str | None = None  # URL of the studies; None: SQLite beside each group
 
     def __post_init__(self):
         for field, names in (("sampler", ("tpe", "random")), ("pruner", PRUNERS)):

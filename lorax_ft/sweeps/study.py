@@ -14,6 +14,7 @@ from typing import Any
 
 from lorax_ft import runs
 from lorax_ft.config import ExperimentConfig
+from lorax_ft.sweeps.directory import GROUPS
 from lorax_ft.sweeps.groups import LENGTHS, VALUES, Group, Run, group_runs
 from lorax_ft.sweeps.queue import metric_of
 from lorax_ft.sweeps.spaces import Choice, Distribution
@@ -164,9 +165,11 @@ def _open_study(field: Field, sweep: SweepConfig, directory: pathlib.Path) -> An
     optuna = _optuna()
     search = sweep.search
     assert search is not None
-    url = search.storage or f"sqlite:///{directory.absolute() / 'study.db'}"
+    # A file for each group: no two workers write to one, which not every shared storage allows.
+    folder = directory.absolute() / GROUPS / field.group.name
+    url = search.storage or f"sqlite:///{folder / 'study.db'}"
     if search.storage is None:
-        directory.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     try:
         study = optuna.create_study(
             study_name=f"{directory.name}-{field.group.name}",

@@ -1,0 +1,290 @@
+"""Launchers: who starts the workers of a sweep, a worker for each group.
+
+    none         this process, group after group
+    local:4      so many processes of this machine at a time
+    ray          a task for each group, on the cluster that RAY_ADDRESS names or on one started here
+    slurm        a job for each group, through submitit
+
+A worker that dies or is stopped is started again and goes on from the group's last checkpoint.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import importlib
+import os
+import pathlib
+import pickle
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from lorax_ft.sweeps.worker import Task
+
+RETRIES = 5  # of a group whose worker died
+STOPPED = 75  # exit code of a worker that SIGTERM stopped, after it had saved
+WORKER = (
+    "import pickle, sys; task, name = pickle.load(sys.stdin.buffer); "
+    f"sys.exit({STOPPED} if task(name) == 'preempted' else 0)"
+)
+# Trains groups by their names, and gives each when it has ended, with what went wrong if it did.
+Launch = Callable[[Task, Sequence[str]], Iterator[tuple[str, str | None]]]
+
+
+@contextlib.contextmanager
+def open_launcher(
+    launcher: str | None, resources: Mapping[str, Any], directory: pathlib.Path
+) -> Iterator[Launch | None]:
+    """Gives what trains the groups of the sweep in `directory`; None where this process does.
+
+    Raises ValueError for a launcher or resources that there are not, ImportError where its package
+    is missing, ConnectionError where its cluster cannot be reached. What still runs on leaving is
+    stopped, also when SIGTERM comes.
+    """
+    if launcher is None:
+        if resources:
+            raise ValueError(f"resources {dict(resources)} need a launcher: give --launcher too.")
+        yield None
+        return
+    word, _, argument = launcher.partition(":")
+    if word not in LAUNCHERS:
+        raise ValueError(f"--launcher={launcher}: expected local:4, ray or slurm.")
+    with LAUNCHERS[word](argument, resources, directory) as launch, _exit_on_sigterm():
+        yield launch
+
+
+@contextlib.contextmanager
+def open_local(
+    argument: str, resources: Mapping[str, Any], directory: pathlib.Path
+) -> Iterator[Launch]:
+    """Processes of this machine, which share its memory and accelerator."""
+    if not argument.isdecimal() or int(argument) < 1:
+        raise ValueError(
+            f"--launcher=local:{argument}: expected a number of processes, as local:4."
+        )
+    if resources:
+        raise ValueError(f"--launcher=local takes no resources, got {dict(resources)}.")
+    count, started = int(argument), []
+    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ, "PYTHONPATH": paths}
+
+    def submit(task: Task, name: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", WORKER], stdin=subprocess.PIPE, env=environment
+        )
+        started.append(process)
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin:  # it died already
+            pickle.dump((dataclasses.replace(task, share=1 / count), name), process.stdin)
+        return process
+
+    def end(process: subprocess.Popen[bytes]) -> End | None:
+        code = process.poll()
+        if code is None or code == 0:
+            return None if code is None else End()
+        if code < 0:
+            return End(f"its process died of {signal.Signals(-code).name}", again=True)
+        return End(f"its process ended with exit code {code}; see above", again=code == STOPPED)
+
+    try:
+        yield lambda task, names: _await(functools.partial(submit, task), end, names, count)
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.terminate()
+        for process in started:
+            process.wait()
+
+
+@contextlib.contextmanager
+def open_ray(
+    argument: str, resources: Mapping[str, Any], directory: pathlib.Path
+) -> Iterator[Launch]:
+    """Tasks of a Ray cluster, which starts those again whose worker or node died."""
+    ray, address = _import("ray"), os.environ.get("RAY_ADDRESS") or "local"
+    if argument:
+        raise ValueError(f"--launcher=ray:{argument}: set RAY_ADDRESS={argument} instead.")
+    ours = not ray.is_initialized()
+    if ours:
+        _check_reachable(address)
+        try:
+            ray.init(address=address)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConnectionError(f"RAY_ADDRESS={address} cannot be used: {error}") from error
+    # A process of its own for each group: it gives its memory back.
+    options = {"max_retries": RETRIES, "max_calls": 1, "retry_exceptions": [Preempted]}
+    if ray.cluster_resources().get("GPU"):
+        options["num_gpus"] = 1  # without it Ray hides them
+    try:
+        remote = ray.remote(**{**options, **resources})(_train_or_raise)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--launcher=ray: resources {dict(resources)}: {error}") from error
+
+    def launch(task: Task, names: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+        running = {remote.options(name=name).remote(task, name): name for name in names}
+        while running:
+            for done in ray.wait(list(running))[0]:
+                try:
+                    ray.get(done)
+                    error = None
+                except ray.exceptions.RayError as raised:
+                    cause = getattr(raised, "cause", None) or raised
+                    error = f"{type(cause).__name__}: {cause}"
+                yield running.pop(done), error
+
+    try:
+        yield launch
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def open_slurm(
+    argument: str, resources: Mapping[str, Any], directory: pathlib.Path
+) -> Iterator[Launch]:
+    """Jobs of Slurm, or of what else submitit knows by the argument's name: local, debug."""
+    submitit = _import("submitit", extra="slurm")
+    if not argument and shutil.which("sbatch") is None:
+        raise ConnectionError(
+            "--launcher=slurm: there is no sbatch on this machine. Give the command where jobs of "
+            "the cluster are submitted, or --launcher=slurm:local to try it here."
+        )
+    try:
+        executor = submitit.AutoExecutor(
+            directory / "slurm", cluster=argument or "slurm", slurm_max_num_timeout=100
+        )
+        executor.update_parameters(**{"name": "lorax-ft", "timeout_min": 60, **resources})
+    except (NameError, AssertionError, ValueError) as error:
+        raise ValueError(f"--launcher=slurm: resources {dict(resources)}: {error}") from error
+    jobs = []
+
+    def submit(task: Task, name: str) -> Any:
+        jobs.append(executor.submit(Requeued(task), name))
+        return jobs[-1]
+
+    def end(job: Any) -> End | None:
+        if not job.done():
+            return None
+        try:
+            return End("it was stopped", again=True) if job.result() == "preempted" else End()
+        except submitit.core.utils.FailedJobError as error:
+            return End(str(error))
+        except submitit.core.utils.UncompletedJobError as error:
+            return End(str(error), again=True)
+
+    try:
+        yield lambda task, names: _await(functools.partial(submit, task), end, names, len(names))
+    finally:
+        for job in jobs:
+            if not job.done():
+                job.cancel()
+
+
+LAUNCHERS = {"local": open_local, "ray": open_ray, "slurm": open_slurm}
+
+
+@dataclasses.dataclass(frozen=True)
+class End:
+    """How a worker ended, and whether its group may be given to another."""
+
+    error: str | None = None
+    again: bool = False
+
+
+def _await(
+    submit: Callable[[str], Any],
+    end: Callable[[Any], End | None],
+    names: Sequence[str],
+    most: int,
+) -> Iterator[tuple[str, str | None]]:
+    """Submits groups, `most` at a time, and those that may be once more; gives each that ended."""
+    waiting, running = collections.deque(names), {}
+    tries = collections.Counter(names)
+    while waiting or running:
+        while waiting and len(running) < most:
+            name = waiting.popleft()
+            running[name] = submit(name)
+        for name, job in list(running.items()):
+            if (ended := end(job)) is None:
+                continue
+            del running[name]
+            if ended.again and tries[name] <= RETRIES:
+                print(f"{name}: {ended.error}; it is started again.", flush=True)
+                tries[name] += 1
+                waiting.append(name)
+            else:
+                yield name, ended.error
+        time.sleep(0.2)
+
+
+class Preempted(Exception):
+    """SIGTERM stopped a worker, which had saved; Ray hands its group on."""
+
+
+def _train_or_raise(task: Task, name: str) -> None:
+    if task(name) == "preempted":
+        raise Preempted(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Requeued:
+    """A task that submitit puts back in Slurm's queue when its time is over or it must yield."""
+
+    task: Task
+
+    def __call__(self, name: str) -> str:
+        return self.task(name)
+
+    def checkpoint(self, name: str) -> Any:
+        return _import("submitit", extra="slurm").helpers.DelayedSubmission(self, name)
+
+
+def _check_reachable(address: str) -> None:
+    """Raises ConnectionError at once where nothing listens; Ray itself would wait for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:  # "local", "auto", or what Ray will refuse
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise ConnectionError(
+            f"RAY_ADDRESS={address} cannot be reached: {error}. Start that cluster, or unset "
+            "RAY_ADDRESS to start one here."
+        ) from error
+
+
+def _import(package: str, extra: str | None = None) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        extra = extra or package
+        raise ImportError(
+            f"--launcher={extra} needs {package}: pip install 'lorax_ft[{extra}]'."
+        ) from None
+
+
+@contextlib.contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Makes SIGTERM an exit that workers are stopped on; in the main thread alone it can be."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
