@@ -1,7 +1,7 @@
 """CoLA, is a sentence grammatical (Warstadt et al. 2018), with MiniLM; metric Matthews correlation.
 
     lorax-ft train --config=configs/cola.py:lora \
-        --config.data.source.train=train.tsv --config.data.source.validation=dev.tsv
+        --config.data.source.train=train.tsv --config.data.source.test=dev.tsv
 
 The argument is the method: lora (all linear layers), qlora (the same on NF4), full or head. At a
 learning rate of 1e-3 LoRA collapses here: it answers one class for ever.
@@ -29,7 +29,7 @@ def get_config(method: str = "lora") -> ConfigDict:
     config.data = {
         "source": {
             "train": "data/cola/train.tsv",
-            "validation": "data/cola/dev.tsv",
+            "test": "data/cola/dev.tsv",
             "columns": ("source", "label", "mark", "sentence"),
         },
         "task": {"text": "sentence", "max_length": 48},
