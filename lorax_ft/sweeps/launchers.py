@@ -28,9 +28,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lorax_ft.sweeps.directory import JOBS
 from lorax_ft.sweeps.worker import Task
 
 RETRIES = 5  # of a group whose worker died
+POLL = 0.2  # seconds between looks at workers
 STOPPED = 75  # exit code of a worker that SIGTERM stopped, after it had saved
 WORKER = (
     "import pickle, sys; task, name = pickle.load(sys.stdin.buffer); "
@@ -69,7 +71,7 @@ def open_local(
     """Processes of this machine, which share its memory and accelerator."""
     if not argument.isdecimal() or int(argument) < 1:
         raise ValueError(
-            f"--launcher=local:{argument}: expected a number of processes, as local:4."
+            f"--launcher=local needs a number of processes, as local:4; got {argument!r}."
         )
     if resources:
         raise ValueError(f"--launcher=local takes no resources, got {dict(resources)}.")
@@ -161,7 +163,7 @@ def open_slurm(
         )
     try:
         executor = submitit.AutoExecutor(
-            directory / "slurm", cluster=argument or "slurm", slurm_max_num_timeout=100
+            directory / JOBS, cluster=argument or "slurm", slurm_max_num_timeout=100
         )
         executor.update_parameters(**{"name": "lorax-ft", "timeout_min": 60, **resources})
     except (NameError, AssertionError, ValueError) as error:
@@ -224,7 +226,7 @@ def _await(
                 waiting.append(name)
             else:
                 yield name, ended.error
-        time.sleep(0.2)
+        time.sleep(POLL)
 
 
 class Preempted(Exception):

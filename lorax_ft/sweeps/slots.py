@@ -102,6 +102,8 @@ def train_group(
         writers = closing.enter_context(contextlib.ExitStack())
         stop_asked = closing.enter_context(signals.stop_on_sigterm())
         state = _restore(store, program, queue, runs_directory, writers)
+        if state.ticks:
+            print(f"{program.group.name} goes on from its checkpoint of tick {state.ticks}.")
         clock = time.perf_counter()
         while True:
             _fill(state, program, queue, runs_directory, writers)
