@@ -288,5 +288,8 @@ def _exit_on_sigterm() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, leave)
     try:
         yield
+    except SystemExit:
+        print("Stopped; workers save what they can, and the same command goes on from there.")
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
