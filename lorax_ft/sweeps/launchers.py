@@ -25,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -122,14 +123,6 @@ def open_ray(
             ray.init(address=address)
         except (OSError, ValueError, RuntimeError) as error:
             raise ConnectionError(f"RAY_ADDRESS={address} cannot be used: {error}") from error
-    # A process of its own for each group: it gives its memory back.
-    options = {"max_retries": RETRIES, "max_calls": 1, "retry_exceptions": [Preempted]}
-    if ray.cluster_resources().get("GPU"):
-        options["num_gpus"] = 1  # without it Ray hides them
-    try:
-        remote = ray.remote(**{**options, **resources})(_train_or_raise)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"--launcher=ray: resources {dict(resources)}: {error}") from error
 
     def launch(task: Task, names: Sequence[str]) -> Iterator[tuple[str, str | None]]:
         running = {remote.options(name=name).remote(task, name): name for name in names}
@@ -144,6 +137,14 @@ def open_ray(
                 yield running.pop(done), error
 
     try:
+        # A process of its own for each group: it gives its memory back.
+        options = {"max_retries": RETRIES, "max_calls": 1, "retry_exceptions": [Preempted]}
+        if ray.cluster_resources().get("GPU"):
+            options["num_gpus"] = 1  # without it Ray hides them
+        try:
+            remote = ray.remote(**{**options, **resources})(_train_or_raise)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"--launcher=ray: resources {dict(resources)}: {error}") from error
         yield launch
     finally:
         if ours:
@@ -178,7 +179,7 @@ def open_slurm(
         if not job.done():
             return None
         try:
-            return End("it was stopped", again=True) if job.result() == "preempted" else End()
+            return job.result()
         except submitit.core.utils.FailedJobError as error:
             return End(str(error))
         except submitit.core.utils.UncompletedJobError as error:
@@ -244,8 +245,12 @@ class Requeued:
 
     task: Task
 
-    def __call__(self, name: str) -> str:
-        return self.task(name)
+    def __call__(self, name: str) -> End:
+        try:
+            return End("it was stopped", again=True) if self.task(name) == "preempted" else End()
+        except Exception as error:
+            traceback.print_exc()  # to the job's log
+            return End(f"{type(error).__name__}: {error}")
 
     def checkpoint(self, name: str) -> Any:
         return _import("submitit", extra="slurm").helpers.DelayedSubmission(self, name)
