@@ -7,6 +7,7 @@
     lorax-ft merge --run_dir=runs/mine --output=merged --dtype=bfloat16
     lorax-ft inspect --config=configs/quickstart.py
     lorax-ft sweep --config=configs/quickstart.py --sweep=configs/sweeps/rank_and_method.py
+    lorax-ft sweep ... --launcher=ray --resource=num_gpus=1
     lorax-ft report runs/quickstart-rank_and_method
 
 What is wrong with the input ends as one message and exit code 2; `--traceback` shows where it came
@@ -18,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 import pathlib
 import re
 import shlex
@@ -148,7 +150,14 @@ def sweep(values: Any, arguments: list[str]) -> None:
     config_flag = values["config"]
     overrides = {**config_flag.override_values, "sweep": pathlib.Path(values.sweep).stem}
     directory = values.sweep_dir or default_run_dir(config_flag.config_filename, overrides)
-    rows = train(_config(values), load_sweep(values.sweep), directory, only_plan=values.only_plan)
+    rows = train(
+        _config(values),
+        load_sweep(values.sweep),
+        directory,
+        only_plan=values.only_plan,
+        launcher=None if values.launcher == "none" else values.launcher,
+        resources=resources_of(values.resource),
+    )
     if rows and not values.only_plan:
         print(f"All of it is in {directory}; lorax-ft report {directory} makes its pages.")
 
@@ -182,6 +191,23 @@ def _texts(values: Any, arguments: list[str]) -> list[str]:
     if values.file:
         return pathlib.Path(values.file).read_text("utf-8").splitlines()
     return arguments or [line.rstrip("\n") for line in sys.stdin]
+
+
+def resources_of(items: Sequence[str]) -> dict[str, Any]:
+    """What `--resource=NAME=VALUE` flags give: JSON where a value is that, else text.
+
+    >>> resources_of(["num_gpus=1", "slurm_partition=long"])
+    {'num_gpus': 1, 'slurm_partition': 'long'}
+    """
+    found: dict[str, Any] = {}
+    for name, equals, value in (item.partition("=") for item in items):
+        if not equals:
+            raise ValueError(f"--resource={name}: expected NAME=VALUE, such as num_gpus=1.")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 def train_command(config: Any, run_dir: str) -> str:
@@ -311,6 +337,20 @@ def _sweep_flags(values: flags.FlagValues, argv: list[str]) -> None:
     )
     flags.DEFINE_boolean(
         "only_plan", False, "print groups, memory and time, and train nothing", flag_values=values
+    )
+    flags.DEFINE_string(
+        "launcher",
+        "none",
+        "who trains its groups: none (this process, one after another), local:4 (so many processes "
+        "of this machine), ray (the cluster of RAY_ADDRESS, or one started here), slurm",
+        flag_values=values,
+    )
+    flags.DEFINE_multi_string(
+        "resource",
+        [],
+        "NAME=VALUE, what a worker is given, as ray.remote or submitit names it: num_gpus=1, "
+        "slurm_partition=long, timeout_min=240; may be repeated",
+        flag_values=values,
     )
     _require(values, "sweep")
 

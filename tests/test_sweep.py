@@ -1,5 +1,6 @@
 """A sweep from end to end: what it leaves behind, and that nothing is lost when it breaks off."""
 
+import contextlib
 import csv
 import json
 import re
@@ -148,6 +149,27 @@ def test_a_sweep_that_broke_off_ends_in_the_same_table_and_bytes(swept, folder, 
         assert adapters[0] == adapters[1]
         steps = [r["step"] for r in read_records(directory / "runs" / row.name)]
         assert steps == [r["step"] for r in read_records(swept[0] / "runs" / row.name)]
+
+
+def test_a_sweep_that_is_stopped_saves_each_tick_once_and_goes_on(
+    swept, folder, monkeypatch, capsys
+):
+    stops, sweep = [3, 3, 5], SweepConfig(runs=RUNS, slots=2)  # 3 is when a checkpoint is due
+
+    @contextlib.contextmanager
+    def stop_on_sigterm():
+        yield lambda ticks: bool(stops) and ticks == stops[0] and bool(stops.pop(0))
+
+    monkeypatch.setattr(slots.signals, "stop_on_sigterm", stop_on_sigterm)
+    for _ in range(3):
+        sweeps.train(config_of(folder), sweep, folder / "stopped")
+        assert "Stopped and saved" in capsys.readouterr().out
+
+    rows = sweeps.train(config_of(folder), sweep, folder / "stopped")
+
+    assert not stops
+    metrics = [[row.results["metrics"] for row in found] for found in (rows, swept[1])]
+    assert metrics[0] == metrics[1]
 
 
 def test_a_finished_sweep_is_not_run_again(swept, folder, monkeypatch):

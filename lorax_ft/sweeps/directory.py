@@ -25,7 +25,7 @@ from lorax_ft.sweeps.specification import SweepConfig
 
 FORMAT = 1
 RECORD, MEMBER, PLAN = "sweep.json", "member.json", "plan.json"
-RUNS, GROUPS = "runs", "groups"
+RUNS, GROUPS, JOBS = "runs", "groups", "slurm"
 
 
 def check_directory(directory: pathlib.Path, config: ExperimentConfig, sweep: SweepConfig) -> None:
@@ -34,7 +34,7 @@ def check_directory(directory: pathlib.Path, config: ExperimentConfig, sweep: Sw
         return
     path = directory / RECORD
     if not path.exists():
-        if {entry.name for entry in directory.iterdir()} <= {"lock", GROUPS}:  # none trained
+        if {entry.name for entry in directory.iterdir()} <= {"lock", GROUPS, JOBS}:  # none trained
             return
         raise ValueError(
             f"{directory} is in use, and not by a sweep: it has no {RECORD}. Give another "

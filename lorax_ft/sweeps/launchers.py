@@ -25,12 +25,15 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lorax_ft.sweeps.directory import JOBS
 from lorax_ft.sweeps.worker import Task
 
 RETRIES = 5  # of a group whose worker died
+POLL = 0.2  # seconds between looks at workers
 STOPPED = 75  # exit code of a worker that SIGTERM stopped, after it had saved
 WORKER = (
     "import pickle, sys; task, name = pickle.load(sys.stdin.buffer); "
@@ -69,7 +72,7 @@ def open_local(
     """Processes of this machine, which share its memory and accelerator."""
     if not argument.isdecimal() or int(argument) < 1:
         raise ValueError(
-            f"--launcher=local:{argument}: expected a number of processes, as local:4."
+            f"--launcher=local needs a number of processes, as local:4; got {argument!r}."
         )
     if resources:
         raise ValueError(f"--launcher=local takes no resources, got {dict(resources)}.")
@@ -120,14 +123,6 @@ def open_ray(
             ray.init(address=address)
         except (OSError, ValueError, RuntimeError) as error:
             raise ConnectionError(f"RAY_ADDRESS={address} cannot be used: {error}") from error
-    # A process of its own for each group: it gives its memory back.
-    options = {"max_retries": RETRIES, "max_calls": 1, "retry_exceptions": [Preempted]}
-    if ray.cluster_resources().get("GPU"):
-        options["num_gpus"] = 1  # without it Ray hides them
-    try:
-        remote = ray.remote(**{**options, **resources})(_train_or_raise)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"--launcher=ray: resources {dict(resources)}: {error}") from error
 
     def launch(task: Task, names: Sequence[str]) -> Iterator[tuple[str, str | None]]:
         running = {remote.options(name=name).remote(task, name): name for name in names}
@@ -142,6 +137,14 @@ def open_ray(
                 yield running.pop(done), error
 
     try:
+        # A process of its own for each group: it gives its memory back.
+        options = {"max_retries": RETRIES, "max_calls": 1, "retry_exceptions": [Preempted]}
+        if ray.cluster_resources().get("GPU"):
+            options["num_gpus"] = 1  # without it Ray hides them
+        try:
+            remote = ray.remote(**{**options, **resources})(_train_or_raise)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"--launcher=ray: resources {dict(resources)}: {error}") from error
         yield launch
     finally:
         if ours:
@@ -161,7 +164,7 @@ def open_slurm(
         )
     try:
         executor = submitit.AutoExecutor(
-            directory / "slurm", cluster=argument or "slurm", slurm_max_num_timeout=100
+            directory / JOBS, cluster=argument or "slurm", slurm_max_num_timeout=100
         )
         executor.update_parameters(**{"name": "lorax-ft", "timeout_min": 60, **resources})
     except (NameError, AssertionError, ValueError) as error:
@@ -176,7 +179,7 @@ def open_slurm(
         if not job.done():
             return None
         try:
-            return End("it was stopped", again=True) if job.result() == "preempted" else End()
+            return job.result()
         except submitit.core.utils.FailedJobError as error:
             return End(str(error))
         except submitit.core.utils.UncompletedJobError as error:
@@ -224,7 +227,7 @@ def _await(
                 waiting.append(name)
             else:
                 yield name, ended.error
-        time.sleep(0.2)
+        time.sleep(POLL)
 
 
 class Preempted(Exception):
@@ -242,8 +245,12 @@ class Requeued:
 
     task: Task
 
-    def __call__(self, name: str) -> str:
-        return self.task(name)
+    def __call__(self, name: str) -> End:
+        try:
+            return End("it was stopped", again=True) if self.task(name) == "preempted" else End()
+        except Exception as error:
+            traceback.print_exc()  # to the job's log
+            return End(f"{type(error).__name__}: {error}")
 
     def checkpoint(self, name: str) -> Any:
         return _import("submitit", extra="slurm").helpers.DelayedSubmission(self, name)
@@ -286,5 +293,8 @@ def _exit_on_sigterm() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, leave)
     try:
         yield
+    except SystemExit:
+        print("Stopped; workers save what they can, and the same command goes on from there.")
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)

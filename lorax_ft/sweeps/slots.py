@@ -102,13 +102,16 @@ def train_group(
         writers = closing.enter_context(contextlib.ExitStack())
         stop_asked = closing.enter_context(signals.stop_on_sigterm())
         state = _restore(store, program, queue, runs_directory, writers)
-        clock = time.perf_counter()
+        if state.ticks:
+            print(f"{program.group.name} goes on from its checkpoint of tick {state.ticks}.")
+        saved, clock = state.ticks, time.perf_counter()
         while True:
             _fill(state, program, queue, runs_directory, writers)
             if not state.slots:
                 return "finished"
             if stop_asked(state.ticks):
-                _save(store, state)
+                if state.ticks > saved:
+                    _save(store, state)
                 checkpoints.wait(store)
                 return "preempted"
             stepped = _tick(state, program, batches)
@@ -120,6 +123,7 @@ def train_group(
                 _finish(state, program, ending, queue, watch)
             if is_due(config.train.checkpoint_every, state.ticks, -1, per_epoch):
                 _save(store, state)
+                saved = state.ticks
 
 
 # --- A tick ---------------------------------------------------------------------------------------
