@@ -26,10 +26,13 @@ def draw(
     drawn: dict[str, str] = {}
 
     def save(name: str, title: str, paint: Callable[[Any], bool]) -> None:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
-        figure = Figure(figsize=(6.5, 4), layout="constrained")
-        if paint(figure.subplots()):
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        axis = figure.subplots()
+        axis.set_prop_cycle(color=colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2])
+        if paint(axis):
             figure.savefig(target / f"{name}.png", format="png", dpi=120)
             drawn[f"{name}.png"] = title
 
@@ -96,7 +99,7 @@ def _points(
         axis.scatter(xs, ys, s=20, label=method)
     if log and rows:
         axis.set_xscale("log")
-    _finish(axis, label, metric, 1)
+    _finish(axis, label, metric, len({method_names(row.config) for row in rows}))
     return len({value(row) for row in rows}) > 1
 
 
@@ -209,5 +212,5 @@ def _seconds(row: Row) -> float:
 def _finish(axis: Any, xlabel: str, ylabel: str, lines: int) -> None:
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.grid(alpha=0.3)
-    if 0 < lines <= 12:
-        axis.legend(fontsize=7)
+    if 0 < lines <= MOST_CURVES:
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))  # beside, over nothing
