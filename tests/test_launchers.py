@@ -1,5 +1,6 @@
 """Workers of a sweep: each launcher ends in the table of this process, whatever dies on the way."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -90,12 +91,12 @@ def test_a_job_of_submitit_ends_in_the_same_table(config, undisturbed, tmp_path)
 
 
 @pytest.mark.ray
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="pip install ray is missing")
 @pytest.mark.filterwarnings("ignore")  # of Ray
 def test_a_node_killed_in_mid_group_ends_in_the_undisturbed_table(
     config, undisturbed, tmp_path, monkeypatch, capfd
 ):
     """A head that trains nothing and two nodes, one of which dies with a group half done."""
-    pytest.importorskip("ray", reason="pip install 'lorax_ft[ray]' is missing")
     from ray.cluster_utils import Cluster
 
     def kill_when_saved():
