@@ -3,9 +3,9 @@
     lorax-ft train --config=configs/cola.py:lora \
         --config.data.source.train=train.tsv --config.data.source.test=dev.tsv
 
-The argument is the method: lora (all linear layers), qlora (the same on NF4), full or head. Means of
-three seeds (experiments/methods): full .290, qlora .250, lora .249, head .046, each seed within .05
-of them. At a learning rate of 1e-3 LoRA collapses here: it answers one class for ever.
+The argument is the method: lora (all linear layers), qlora (the same on NF4), full or head. Means
+of three seeds (experiments/methods): full .290, qlora .250, lora .249, head .046, each seed within
+.05 of them. At a learning rate of 1e-3 LoRA collapses here: it answers one class for ever.
 """
 
 from ml_collections import ConfigDict

@@ -4,8 +4,8 @@
         --config.data.source.train=train_5500.label --config.data.source.test=TREC_10.label
 
 The argument is the method: lora (all linear layers), qlora (the same on NF4), full, head, or one of
-the others of `METHODS`. Means of three seeds on the test questions (experiments/methods): lora .967,
-full .965, qlora .961, head .578. The learning rates of the methods below head are starting points.
+the others of `METHODS`. Means of three seeds on the test questions (experiments/methods): lora
+.967, full .965, qlora .961, head .578. Learning rates of the methods below are starting points.
 """
 
 from ml_collections import ConfigDict

@@ -16,7 +16,7 @@ body { max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #8885; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
+th.text, td.text { text-align: left; }
 td { white-space: nowrap; }
 th button { all: unset; cursor: pointer; font-weight: 600; }
 th button:focus-visible { outline: 2px solid; }
@@ -60,7 +60,7 @@ def write_page(
     tables: Mapping[str, Sequence[Mapping[str, Cell]]],
     figures: Mapping[pathlib.Path, str],
 ) -> None:
-    """Writes the page: a line of what it is of, tables by heading, PNG figures with captions.
+    """Writes the page: a line of what it is of, tables by heading, PNG figures after the first one.
 
     Everything is within the file, so it needs no network and can be sent as it is.
     """
@@ -71,28 +71,40 @@ def write_page(
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>",
     ]
-    for heading, records in tables.items():
-        if records:
-            parts += [f"<h2>{html.escape(heading)}</h2>", _table(records)]
-    if figures:
-        parts.append("<h2>Figures</h2>")
+    first, *rest = [_section(heading, records) for heading, records in tables.items() if records]
+    parts += [first, *_figures(figures), *rest]  # the shortest table, what can be seen, the rest
+    parts.append(f"<script>{SCRIPT}</script></body></html>")
+    path.write_text("\n".join(parts) + "\n", "utf-8")
+
+
+def _section(heading: str, records: Sequence[Mapping[str, Cell]]) -> str:
+    return f"<h2>{html.escape(heading)}</h2>\n{_table(records)}"
+
+
+def _figures(figures: Mapping[pathlib.Path, str]) -> list[str]:
+    parts = ["<h2>Figures</h2>"] if figures else []
     for image, caption in figures.items():
         data, words = base64.b64encode(image.read_bytes()).decode(), html.escape(caption)
         parts.append(
             f'<figure><img alt="{words}" src="data:image/png;base64,{data}">'
             f"<figcaption>{words}</figcaption></figure>"
         )
-    parts.append(f"<script>{SCRIPT}</script></body></html>")
-    path.write_text("\n".join(parts) + "\n", "utf-8")
+    return parts
 
 
 def _table(records: Sequence[Mapping[str, Cell]]) -> str:
     names = list(records[0])
+    classes = {
+        name: ' class="text"' if any(isinstance(r.get(name), str) for r in records) else ""
+        for name in names
+    }
     head = "".join(
-        f'<th scope="col"><button type="button">{html.escape(name)}</button></th>' for name in names
+        f'<th scope="col"{classes[name]}><button type="button">{html.escape(name)}</button></th>'
+        for name in names
     )
     rows = [
-        "<tr>" + "".join(_cell(record.get(name)) for name in names) + "</tr>" for record in records
+        "<tr>" + "".join(_cell(record.get(name), classes[name]) for name in names) + "</tr>"
+        for record in records
     ]
     body = "\n".join(rows)
     return (
@@ -101,7 +113,7 @@ def _table(records: Sequence[Mapping[str, Cell]]) -> str:
     )
 
 
-def _cell(value: Cell) -> str:
+def _cell(value: Cell, kind: str) -> str:
     missing = value is None or (isinstance(value, float) and not math.isfinite(value))
     raw = "" if missing else html.escape(str(value), quote=True)
-    return f'<td data-value="{raw}">{html.escape(cell_text(value))}</td>'
+    return f'<td{kind} data-value="{raw}">{html.escape(cell_text(value))}</td>'
