@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorax_ft import methods, models, prediction
+from lorax_ft import methods, models, prediction, trees
 from lorax_ft.generation import GenerationConfig, generate, restrict, stream
 from lorax_ft.generation.choosing import choose
 from lorax_ft.generation.writing import _generate, _numbers
@@ -139,6 +139,30 @@ def test_a_t5_with_a_cache_gives_the_logits_of_the_whole_target():
         return jnp.stack(found, axis=1)
 
     np.testing.assert_allclose(step_by_step(params), whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_texts_with_adapters_of_their_own_are_gone_on_with_as_by_each_alone(num_beams):
+    model, base = tiny()
+    uses = inspect(model.apply, base, {"input_ids": IDS})
+    config, names = methods.LoraConfig(rank=2), ("one", "two")
+
+    def adapter(seed):
+        key = jax.random.key(seed)
+        train, frozen = trees.partition(methods.add_lora(base, config, key, uses))
+        train = jax.tree.map(lambda x: jax.random.normal(key, x.shape), train)
+        return trees.combine(train, frozen)
+
+    adapters = methods.stack_adapters({name: adapter(i) for i, name in enumerate(names)})
+    index = methods.adapter_index(adapters, ["two", "one"])
+    inputs = {"input_ids": IDS, "attention_mask": MASK}
+    settings = GenerationConfig(max_new_tokens=6, num_beams=num_beams)
+
+    mixed, _ = generate(model, methods.mix(adapters, index), inputs, settings)
+    alone = [generate(model, methods.select(adapters, n), inputs, settings)[0] for n in names]
+
+    assert not np.array_equal(*alone)
+    np.testing.assert_array_equal(mixed, [alone[1][0], alone[0][1]])
 
 
 def test_stories260k_writes_the_oracles_text(shared):

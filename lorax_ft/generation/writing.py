@@ -15,7 +15,7 @@ from jax import lax
 from lorax_ft.generation.beams import search
 from lorax_ft.generation.choosing import GenerationConfig, Numbers, choose
 from lorax_ft.lift import lift
-from lorax_ft.methods import set_dropout_key
+from lorax_ft.methods import repeat_index, set_dropout_key
 from lorax_ft.models import Cache, Model
 
 Array = jax.Array
@@ -129,6 +129,7 @@ def _generate(
 ) -> tuple[Array, Array]:
     if static.num_beams > 1:
         logits, cache = _prefill(params, inputs, model, static)
+        params = repeat_index(params, static.num_beams)
         return search(
             lambda tokens, cache: _decode(params, tokens, cache, model),
             logits,

@@ -125,6 +125,16 @@ def set_index(params: Any, index: Any) -> Any:
     return _map_mixed(chosen, params)
 
 
+def repeat_index(params: Any, count: int) -> Any:
+    """Params for a batch in which every example stands `count` times in a row, as beams do."""
+
+    def repeated(leaf: MixedLoRA) -> MixedLoRA:
+        index = leaf.index
+        return leaf if index is None else leaf.replace(index=jnp.repeat(index, count, axis=-1))
+
+    return _map_mixed(repeated, params)
+
+
 def index_from_inputs(apply: Callable[..., Any], name: str = "adapter") -> Callable[..., Any]:
     """`apply(params, inputs, ...)` whose inputs, a dictionary of arrays `[batch, ...]`, also hold
     the adapter index `[batch]` under `name`.
