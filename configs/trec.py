@@ -23,6 +23,8 @@ METHODS = {  # sections, learning rate, epochs
     "norms": ({"norms": {}}, 5e-3, 5.0),
     "vera": ({"vera": {}}, 1e-2, 5.0),
     "adalora": ({"adalora": {}}, 2e-3, 5.0),
+    "top_layers": ({"top_layers": {"count": 1}}, 5e-4, 5.0),
+    "p_tuning": ({"p_tuning": {"length": 10}}, 2e-3, 5.0),
 }
 
 

@@ -1,10 +1,11 @@
-"""Methods side by side, on TREC, CoLA and Shakespeare: every run, one table, one figure.
+"""Methods side by side on TREC and CoLA: every run, one table, one figure.
 
-    python experiments/methods/run.py --data=DATA --models=MODELS --seeds=0,1,2
+    python experiments/methods/run.py --data=DATA --seeds=0,1,2
 
 Each run is `lorax-ft train` with a config of `configs/`, which lists the methods. One that has a
 row in results.csv is not run again (delete the row for that), one that was stopped goes on. Writes
-results.csv, results.md and results.png beside this file.
+results.csv, results.md and results.png beside this file; the table has what cost.py measured too,
+and what the methods reach on Shakespeare by ../sweeps.
 """
 
 from __future__ import annotations
@@ -32,13 +33,8 @@ class Task:
     part: str
     metric: str
     sources: dict[str, str]  # parts of the data to files of --data
-    model: str | None = None  # a folder of --models, where the config names none that is everywhere
     peers: dict[str, float]  # transformers + PEFT on the same data and settings, of seed 0
-    floor: tuple[str, float] | None  # what is reached without fine-tuning
-
-    @property
-    def is_loss(self) -> bool:
-        return self.metric == "loss"
+    floor: tuple[str, float]  # what is reached without fine-tuning
 
 
 TFIDF = "TF-IDF + logistic regression"
@@ -47,7 +43,7 @@ TASKS = {  # by the name of their config
         part="test",
         metric="accuracy",
         sources={"train": "trec/train_5500.label", "test": "trec/TREC_10.label"},
-        peers={"head": 0.584, "bitfit": 0.956, "ia3": 0.962},
+        peers={"head": 0.584, "ia3": 0.962},
         floor=(TFIDF, 0.882),
     ),
     "cola": Task(
@@ -57,18 +53,9 @@ TASKS = {  # by the name of their config
         peers={"full": 0.264},
         floor=(TFIDF, 0.152),
     ),
-    "shakespeare": Task(
-        part="validation",
-        metric="loss",
-        sources={"train": "shakespeare/input.txt"},
-        model="stories260K/hf",
-        peers={},
-        floor=None,
-    ),
 }
 
 _DATA = flags.DEFINE_string("data", "data", "folder with the tasks' data")
-_MODELS = flags.DEFINE_string("models", "models", "folder with stories260K")
 _RUNS = flags.DEFINE_string("runs", "runs/methods", "where run directories go")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds of every method")
 _TASKS = flags.DEFINE_list("tasks", list(TASKS), "which tasks")
@@ -96,8 +83,6 @@ def train(task: str, method: str, seed: int) -> None:
     ]
     for part, path in TASKS[task].sources.items():
         command.append(f"--config.data.source.{part}={pathlib.Path(_DATA.value) / path}")
-    if model := TASKS[task].model:
-        command.append(f"--config.model.path={pathlib.Path(_MODELS.value) / model}")
     subprocess.run(command, check=True)
 
 
@@ -164,23 +149,71 @@ def mean_text(scores: list[float]) -> str:
     return f"{statistics.mean(scores):.3f}{spread} ({len(scores)})"
 
 
+def costs() -> dict[str, dict[str, float]]:
+    """What cost.py found of each method."""
+    path = HERE / "cost.csv"
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {row["method"]: row for row in csv.DictReader(file)}
+
+
+def shakespeare() -> dict[str, list[float]]:
+    """Test losses of each method at the learning rate that validation chose, by our names."""
+    names = {"lora on nf4": "qlora", "adapters": "houlsby"}
+    with (HERE.parent / "sweeps" / "shakespeare_methods" / "runs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    settings: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        settings.setdefault((row["method"], row["optimizer.learning_rate"]), []).append(row)
+    best: dict[str, tuple[float, list[float]]] = {}
+    for (method, _), group in settings.items():
+        chosen_by = statistics.mean(float(row["validation.loss"]) for row in group)
+        found = chosen_by, [float(row["test.loss"]) for row in group]
+        method = names.get(method, method)
+        best[method] = min(best.get(method, found), found)
+    return {method: losses for method, (_, losses) in best.items()}
+
+
 def table(rows: list[dict]) -> str:
-    """Means over seeds in Markdown, the peer's figure and the floor beside them."""
+    """What the methods cost, and for each task means over seeds, the peer's and the floor."""
+    cost, language = costs(), shakespeare()
     lines = [
-        "| task | method | trainable | parameters, MB | metric | mean ± deviation (seeds) | PEFT |",
-        "|---|---|---:|---:|---|---:|---:|",
+        "| method | trainable | share | parameters, MB | optimizer, MB | temporaries of a step, MB "
+        "| step, of full's | prediction, of full's | TREC, accuracy (seeds) | the same by PEFT "
+        "| Shakespeare, loss (seeds) |",
+        "|---" + "|---:" * 10 + "|",
     ]
-    for (name, method), group in itertools.groupby(rows, lambda row: key(row)[:2]):
-        chosen, task = list(group), TASKS[name]
-        scores = [r["score"] for r in chosen]
-        peer = peers(name).get(method)
-        lines.append(
-            f"| {name} | {method} | {chosen[0]['trainable']:,} | {chosen[0]['bytes'] / 1e6:.1f} "
-            f"| {task.metric} | {mean_text(scores)} | {mean_text(peer) if peer else ''} |"
-        )
-    for name in dict.fromkeys(row["task"] for row in rows):
-        if floor := TASKS[name].floor:
-            lines.append(f"| {name} | {floor[0]} | | | {TASKS[name].metric} | {floor[1]} | |")
+    groups = {k: list(g) for k, g in itertools.groupby(rows, lambda row: key(row)[:2])}
+    trec = {method: group for (task, method), group in groups.items() if task == "trec"}
+    for method in dict.fromkeys([*cost, *trec, *language]):
+        if row := cost.get(method):
+            how = "merged" if row["merged"] == "True" else "as it is"
+            cells = [
+                f"{int(row['trainable']):,}",
+                f"{float(row['share']):.2%}",
+                f"{float(row['parameters_mb']):.1f}",
+                f"{float(row['optimizer_mb']):.2f}",
+                f"{float(row['temporary_mb']):.0f}",
+                f"{float(row['step']):.2f}",
+                f"{float(row['predict']):.2f} ({how})",
+            ]
+        else:
+            cells = [""] * 7
+        cells.append(mean_text([r["score"] for r in trec[method]]) if method in trec else "")
+        cells.append(mean_text(peers("trec")[method]) if method in peers("trec") else "")
+        cells.append(mean_text(language[method]) if method in language else "")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    floor = TASKS["trec"].floor
+    lines += [f"| {floor[0]} |{' |' * 7} {floor[1]} | | |", ""]
+    lines += ["| method | CoLA, Matthews (seeds) | the same by PEFT |", "|---|---:|---:|"]
+    for (task, method), group in groups.items():
+        if task == "cola":
+            peer = peers(task).get(method)
+            score = mean_text([r["score"] for r in group])
+            lines.append(f"| {method} | {score} | {mean_text(peer) if peer else ''} |")
+    floor = TASKS["cola"].floor
+    lines.append(f"| {floor[0]} | {floor[1]} | |")
     return "\n".join(lines) + "\n"
 
 
@@ -200,10 +233,9 @@ def plot(rows: list[dict], path: pathlib.Path) -> None:
         others = [(columns[m], x) for m, xs in peers(name).items() if m in columns for x in xs]
         if others:
             axis.scatter(*zip(*others), marker="x", label="PEFT, a seed")
-        if task.floor:
-            axis.axhline(task.floor[1], color="grey", linestyle=":", label=task.floor[0])
+        axis.axhline(task.floor[1], color="grey", linestyle=":", label=task.floor[0])
         axis.set_xticks(range(len(columns)), list(columns), rotation=45, ha="right")
-        axis.set_title(f"{name}: {task.metric}{' (lower is better)' if task.is_loss else ''}")
+        axis.set_title(f"{name}: {task.metric}")
         axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
