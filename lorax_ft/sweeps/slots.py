@@ -103,7 +103,8 @@ def train_group(
         stop_asked = closing.enter_context(signals.stop_on_sigterm())
         state = _restore(store, program, queue, runs_directory, writers)
         if state.ticks:
-            print(f"{program.group.name} goes on from its checkpoint of tick {state.ticks}.")
+            said = f"{program.group.name} goes on from its checkpoint of tick {state.ticks}."
+            print(said, flush=True)
         saved, clock = state.ticks, time.perf_counter()
         while True:
             _fill(state, program, queue, runs_directory, writers)
