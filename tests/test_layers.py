@@ -10,7 +10,7 @@ import pytest
 from lorax_ft import models, trees
 from lorax_ft.inspection import inspect
 from lorax_ft.models.attention import attend, attend_fused
-from lorax_ft.models.layers import einsum_float32, gelu, product
+from lorax_ft.models.layers import activate, einsum_float32, gelu, product
 
 CONFIGS = {
     "bert": models.BertConfig(
@@ -269,3 +269,15 @@ def test_an_unknown_override_raises_with_the_nearest_name():
 def test_a_task_that_the_family_lacks_raises():
     with pytest.raises(ValueError, match=r"causal_lm.*LlamaConfig.*'masked_lm'"):
         models.build(CONFIGS["llama"], task="masked_lm")
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu_new"])
+def test_an_activation_in_half_precision_keeps_its_input_alone_for_gradients(name):
+    x = jnp.linspace(-4, 4, 33, dtype=jnp.bfloat16)
+
+    y, backward = jax.vjp(lambda x: activate(x, name), x)
+    (gradient,) = backward(jnp.ones_like(y))
+
+    assert [(kept.shape, kept.dtype) for kept in jax.tree.leaves(backward)] == [(x.shape, x.dtype)]
+    exact = jax.vmap(jax.grad(lambda x: activate(x, name)))(x.astype(jnp.float32))
+    np.testing.assert_allclose(gradient.astype(jnp.float32), exact, atol=1e-2)

@@ -214,8 +214,15 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 
 
 def activate(x: Array, name: str) -> Array:
-    """The activation of that name, computed in float32."""
-    return ACTIVATIONS[name](x.astype(jnp.float32)).astype(x.dtype)
+    """The activation of that name, computed in float32.
+
+    In half precision gradients compute it again, from `x`: its steps between are twice as large.
+    """
+
+    def in_float32(x: Array) -> Array:
+        return ACTIVATIONS[name](x.astype(jnp.float32)).astype(x.dtype)
+
+    return in_float32(x) if x.dtype == jnp.float32 else jax.checkpoint(in_float32)(x)
 
 
 def softcapped(x: Array, cap: float) -> Array:
