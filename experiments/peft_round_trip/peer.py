@@ -25,6 +25,7 @@ FACTORIES = {
     "token_classification": transformers.AutoModelForTokenClassification,
     "causal_lm": transformers.AutoModelForCausalLM,
     "masked_lm": transformers.AutoModelForMaskedLM,
+    "seq2seq_lm": transformers.AutoModelForSeq2SeqLM,
 }
 
 
@@ -59,9 +60,11 @@ def compare(folder: pathlib.Path, case: dict[str, Any]) -> dict[str, Any]:
     if case["kind"] == "four_bit":
         result["weights"] = four_bit_weights(model, folder / case["model"])
     with np.load(folder / f"{case['name']}.npz") as file, torch.inference_mode():
-        inputs = {name: torch.tensor(file[name]) for name in ("input_ids", "attention_mask")}
+        want = file["logits"]
+        names = [name for name in file if name != "logits"]
+        inputs = {name: torch.tensor(file[name]).long() for name in names}
         got = model(**inputs).logits.float().numpy()
-        want, mask = file["logits"], file["attention_mask"] == 1
+        mask = file["decoder_attention_mask" if len(names) > 2 else "attention_mask"] == 1
     if got.ndim == 3:
         got = got[:, got.shape[1] - mask.shape[1] :][mask]  # what stands before tokens left out
         want = want[mask]

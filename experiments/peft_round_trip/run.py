@@ -40,7 +40,7 @@ from lorax_ft.methods import (
     merge,
     set_dropout_key,
 )
-from lorax_ft.models import BertConfig, Gpt2Config, LlamaConfig, Model, build, hub
+from lorax_ft.models import BertConfig, Gpt2Config, LlamaConfig, Model, T5Config, build, hub
 from lorax_ft.quantization import QuantizationConfig, quantize
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -49,7 +49,9 @@ ATOL = 1e-4  # of logits up to some tens: float32 sums in another order
 _SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 _BERT = {**_SIZES, "intermediate_size": 128, "max_position_embeddings": 32}
 _LLAMA = {**_BERT, "num_key_value_heads": 2, "pad_token_id": 0}
+_T5 = {**_SIZES, "intermediate_size": 128, "head_dim": 16, "num_decoder_layers": 3}
 CLASSIFICATION, LANGUAGE = "sequence_classification", "causal_lm"
+SEQ2SEQ = "seq2seq_lm"
 FAMILIES: dict[str, tuple[Any, str]] = {
     "bert": (BertConfig(**_BERT, pad_token_id=0), CLASSIFICATION),
     "roberta": (
@@ -86,8 +88,19 @@ FAMILIES: dict[str, tuple[Any, str]] = {
         LlamaConfig.from_hugging_face({"model_type": "llama", **_LLAMA}),
         CLASSIFICATION,
     ),
+    "t5": (T5Config(**_T5), SEQ2SEQ),
+    "t5_gated": (
+        T5Config(
+            **_T5,
+            is_gated=True,
+            hidden_act="gelu_new",
+            tie_word_embeddings=False,
+            scale_decoder_outputs=False,
+        ),
+        SEQ2SEQ,
+    ),
 }
-LAYERS = r"layers/.*kernel"
+LAYERS = r"(.*/)?layers/.*kernel"
 METHODS: dict[str, Any] = {
     "lora": LoraConfig(targets=LAYERS, rank=4),
     "dora": LoraConfig(targets=LAYERS, rank=4, dora=True),
@@ -141,6 +154,9 @@ def configs_of(family: str, model: Model, params: Any) -> dict[str, Any]:
         # With vectors before them PEFT gives no ids, and transformers takes the last position.
         for name in ("prompt", "p_tuning", "prefix", "prefix_net"):
             del configs[name]
+    if model.task == SEQ2SEQ:
+        # PEFT's prefixes of it are not ours; those that it can compute are tested one by one.
+        del configs["prefix"], configs["prefix_net"]
     return configs
 
 
@@ -153,7 +169,8 @@ def write(folder: pathlib.Path, families: Iterable[str], methods: Iterable[str])
         base = _noisy(model.init(jax.random.key(0)), jax.random.key(1), 0.05)
         hub.save(folder / family, model, base)
         cases.append(_case(folder, model, base, f"{family}/base", "base", family))
-        batch = {"input_ids": jax.ShapeDtypeStruct((1, 8), jnp.int32)}
+        names = ["input_ids"] + ["decoder_input_ids"] * (task == SEQ2SEQ)
+        batch = {name: jax.ShapeDtypeStruct((1, 8), jnp.int32) for name in names}
         uses = inspect(model.apply, base, batch)
         for method, section in configs_of(family, model, base).items():
             if method not in methods:
@@ -206,17 +223,23 @@ def _case(
     adapter: str | None = None,
 ) -> dict[str, Any]:
     """An entry of cases.json; its logits are written."""
-    pad = model.config.pad_token_id or 0
     random = np.random.default_rng(0)
-    ids = random.integers(4, model.config.vocab_size, (3, 9))
-    mask = np.ones_like(ids)
-    for row, length in ((1, 6), (2, 3)):
-        ids[row, length:], mask[row, length:] = pad, 0
-    batch = {"input_ids": ids.astype(np.int32), "attention_mask": mask.astype(np.int32)}
+    batch = _texts(model, random, "")
+    if model.task == SEQ2SEQ:
+        batch |= _texts(model, random, "decoder_")
     logits = jax.jit(lift(model.apply))(set_dropout_key(params, None), batch)
     path = folder / f"{name}.npz"
-    np.savez(path, input_ids=ids, attention_mask=mask, logits=np.asarray(logits))
+    np.savez(path, **batch, logits=np.asarray(logits))
     return {"name": name, "kind": kind, "task": model.task, "model": where, "adapter": adapter}
+
+
+def _texts(model: Model, random: np.random.Generator, prefix: str) -> dict[str, np.ndarray]:
+    """Three texts of several lengths, padded on the right."""
+    ids = random.integers(4, model.config.vocab_size, (3, 9)).astype(np.int32)
+    mask = np.ones_like(ids)
+    for row, length in ((1, 6), (2, 3)):
+        ids[row, length:], mask[row, length:] = model.config.pad_token_id or 0, 0
+    return {f"{prefix}input_ids": ids, f"{prefix}attention_mask": mask}
 
 
 def ask(python: str, folder: pathlib.Path) -> dict[str, dict[str, Any]]:
