@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from lorax_ft import interop, methods, trees
 from lorax_ft.interop import load_peft, save_peft
 from lorax_ft.models import hub
+from lorax_ft.quantization import QuantizationConfig, quantize
 from tests.golden import check
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -59,6 +60,28 @@ def test_a_prefix_that_peft_has_no_tensor_for_is_refused(places, message, tmp_pa
     with pytest.raises(ValueError, match=message):
         save_peft(tmp_path / "adapter", model, params, trainable)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_adapted_word_vectors_which_peft_would_not_adapt_are_refused(tmp_path):
+    model, base = hub.load(GOLDEN / "even")
+    config = methods.LoraConfig(targets=r"embeddings/.*|.*/query/kernel", rank=2)
+    params, trainable = methods.add_methods(base, [config], jax.random.key(0))
+
+    assert not interop.can_save(params)
+    with pytest.raises(ValueError, match="embeddings/word/embedding is adapted, which PEFT would"):
+        save_peft(tmp_path / "adapter", model, params, trainable)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_four_bits_are_refused_where_transformers_has_none(tmp_path):
+    model, base = hub.load(GOLDEN / "even")
+    with pytest.raises(ValueError, match=r"layers/mlp/down/kernel is in four bits, but .*\.wo\."):
+        hub.save(tmp_path / "all", model, quantize(base, QuantizationConfig()))
+    assert not (tmp_path / "all").exists()
+
+    exclude = (r"embeddings/.*", r".*/mlp/down/kernel")
+    hub.save(tmp_path / "some", model, quantize(base, QuantizationConfig(exclude=exclude)))
+    assert trees.kind(hub.load(tmp_path / "some")[1]["encoder"]["layers"]["mlp"]["up"]["kernel"])
 
 
 def test_with_an_odd_number_of_layers_each_has_its_own_and_goes_out(tmp_path):

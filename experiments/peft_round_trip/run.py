@@ -96,6 +96,7 @@ FAMILIES: dict[str, tuple[Any, str]] = {
             hidden_act="gelu_new",
             tie_word_embeddings=False,
             scale_decoder_outputs=False,
+            initializer_factor=0.1,  # products are not scaled: larger ones make errors grow
         ),
         SEQ2SEQ,
     ),
@@ -104,7 +105,7 @@ LAYERS = r"(.*/)?layers/.*kernel"
 METHODS: dict[str, Any] = {
     "lora": LoraConfig(targets=LAYERS, rank=4),
     "dora": LoraConfig(targets=LAYERS, rank=4, dora=True),
-    "rslora": LoraConfig(targets=LAYERS, rank=4, rslora=True),
+    "rslora": LoraConfig(targets=LAYERS, rank=4, alpha=8.0, rslora=True),  # scaled as the others
     "patterns": LoraConfig(
         targets=LAYERS,
         rank=4,
@@ -156,7 +157,9 @@ def configs_of(family: str, model: Model, params: Any) -> dict[str, Any]:
             del configs[name]
     if model.task == SEQ2SEQ:
         # PEFT's prefixes of it are not ours; those that it can compute are tested one by one.
-        del configs["prefix"], configs["prefix_net"]
+        # It computes no adapter on its word vectors, so that none is exported.
+        for name in ("prefix", "prefix_net", "embedding"):
+            configs.pop(name, None)
     return configs
 
 
@@ -189,7 +192,8 @@ def write(folder: pathlib.Path, families: Iterable[str], methods: Iterable[str])
                 hub.save(folder / f"{adapter}.merged", model, merged)
                 where = f"{adapter}.merged"
                 cases.append(_case(folder, model, merged, f"{name} merged", "merged", where))
-        held = quantize(base, QuantizationConfig())
+        exclude = [QuantizationConfig().exclude, *[r".*/down/kernel"] * (task == SEQ2SEQ)]
+        held = quantize(base, QuantizationConfig(exclude=tuple(exclude)))
         hub.save(folder / f"{family}.nf4", model, held)
         cases.append(_case(folder, model, held, f"{family}/nf4", "four_bit", f"{family}.nf4"))
     (folder / "cases.json").write_text(json.dumps(cases))

@@ -176,6 +176,7 @@ def _brought_along(params: Any, trainable: trees.Patterns) -> list[str]:
 def _kind(params: Any) -> str | None:
     """PEFT's name of the one method that the params hold; None where they hold none."""
     seq2seq.check_prefix(params)
+    seq2seq.check_embedding(params)
     kinds = {"PROMPT_TUNING"} if "prompt" in params else set()
     kinds |= {"PREFIX_TUNING"} if "prefix" in params else set()
     for path, value in trees.flatten(params).items():

@@ -15,6 +15,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_ft import trees
+from lorax_ft.leaves import is_leaf
 from lorax_ft.models.model import Model
 from lorax_ft.models.t5_config import T5Config
 from lorax_ft.models.virtual import split_virtual
@@ -64,6 +66,17 @@ def prefix_rows(params: Mapping[str, Any], config: Any) -> np.ndarray:
     if UNREAD in params["prefix"]:
         pieces[first + 2], pieces[first + 3] = np.asarray(params["prefix"][UNREAD])
     return pieces.transpose(1, 0, 2).reshape(key.shape[1], -1)
+
+
+def check_embedding(params: Any) -> None:
+    """Raises ValueError for adapted word vectors that two halves share: PEFT adapts none of theirs,
+    which each half looks up in a table of its own."""
+    word = trees.flatten(params).get("embeddings/word/embedding")
+    if {"encoder", "decoder"} <= set(params) and is_leaf(word):
+        raise ValueError(
+            "save_peft: embeddings/word/embedding is adapted, which PEFT would leave as it is in "
+            "the base. Leave word vectors out of the targets, or save the merged model."
+        )
 
 
 def check_prefix(params: Mapping[str, Any]) -> None:

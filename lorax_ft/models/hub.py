@@ -184,12 +184,13 @@ def save(
         tokenizer_files_from: a directory whose tokenizer files are copied.
         max_shard_bytes: a larger model is cut into files of at most this size, with an index.
 
-    Raises ValueError where `directory` is not empty, `params` are not the model's, or their leaves
-    are of different kinds.
+    Raises ValueError where `directory` is not empty, `params` are not the model's, their leaves are
+    of different kinds, or transformers would not hold one of them in few bits.
     """
     _check_parameters(model, params)
     parameters = flatten(params)
     places = _places(model, parameters)
+    _check_four_bit(model, parameters, places)
 
     @functools.lru_cache(maxsize=1)  # the tensors of a four-bit weight are asked for one by one
     def tensors(name: str) -> dict[str, np.ndarray]:
@@ -346,6 +347,18 @@ def _check_parameters(model: Model, params: PyTree) -> None:
             raise ValueError(
                 f"{path} has shape {list(value.shape)}, but the model's config makes it "
                 f"{list(expected[path].shape)}."
+            )
+
+
+def _check_four_bit(
+    model: Model, parameters: dict[str, Any], places: dict[str, tuple[str, int | None]]
+) -> None:
+    never = model.family.tables.never_quantized
+    for name, (path, _) in places.items():
+        if is_leaf(parameters[path]) and name.split(".")[-2] in never:
+            raise ValueError(
+                f"{path} is in four bits, but transformers holds {name} in full and could not read "
+                f"it. Add {split_layer(path)[0]!r} to QuantizationConfig.exclude, or dequantise it."
             )
 
 

@@ -43,6 +43,9 @@ class Tables:
     # Modules whose kernels are stored as ours, [in, out], and not as torch's Linear, [out, in].
     conv1d: frozenset[str] = frozenset()
 
+    # Last names of modules that transformers never holds in few bits.
+    never_quantized: frozenset[str] = frozenset()
+
 
 def split_layer(path: str) -> tuple[str, int | None]:
     """The path in stacked layers, and the layer: `"layers_3/mlp/up"` is `("layers/mlp/up", 3)`."""

@@ -65,6 +65,7 @@ TABLES = hugging_face.Tables(
         "encoder.embed_tokens.weight": "shared.weight",
         "decoder.embed_tokens.weight": "shared.weight",
     },
+    never_quantized=frozenset({"wo"}),
 )
 
 # What config.json calls our fields, where it is not the same.

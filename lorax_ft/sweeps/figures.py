@@ -31,7 +31,8 @@ def draw(
 
         figure = Figure(figsize=(8, 4), layout="constrained")
         axis = figure.subplots()
-        axis.set_prop_cycle(color=colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2])
+        twenty = [colormaps["tab20"](i) for i in range(20)]  # pairs of a dark and a light one
+        axis.set_prop_cycle(color=twenty[::2] + twenty[1::2])
         if paint(axis):
             figure.savefig(target / f"{name}.png", format="png", dpi=120)
             drawn[f"{name}.png"] = title
