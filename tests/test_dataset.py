@@ -17,6 +17,7 @@ from lorax_ft.data import (
     evaluation_batches,
     load_dataset,
     load_tokenizer,
+    source_of,
 )
 
 
@@ -179,6 +180,14 @@ def test_meaning_representations_are_sources_of_the_sentences_that_say_them(shar
     check_fits(data, vocabulary_size=32_128, decoder_start_id=0)
     with pytest.raises(ValueError, match=r"start with the token id 0.*with 5.*decoder_start_id"):
         check_fits(data, vocabulary_size=32_128, decoder_start_id=5)
+
+
+def test_a_text_fills_the_template_of_a_source_with_one_column():
+    task = SequenceToSequence(source="describe: {mr}!", target="ref")
+    assert source_of(task, "name[Aroma]") == "describe: name[Aroma]!"
+
+    with pytest.raises(ValueError, match="is made of 2 columns"):
+        source_of(SequenceToSequence(source="{mr} {ref}", target="ref"), "name[Aroma]")
 
 
 def test_the_kind_of_a_task_chooses_its_config():

@@ -301,6 +301,22 @@ def test_texts_are_continued_to_their_ends():
     assert pieces[0] == "x"
 
 
+def test_sources_stand_before_their_padding_and_have_an_end_as_in_training(monkeypatch):
+    model, params = models.load(GOLDEN / "models" / "t5_seq2seq_lm")
+    seen = {}
+
+    def spy(model, params, inputs, config, key):
+        seen.update(inputs)
+        return np.full((2, 1), 1), np.array([1, 1])
+
+    monkeypatch.setattr(prediction.generation, "generate", spy)
+    written = prediction.continue_texts(model, params, Letters(), ["ab", "c"], GenerationConfig())
+
+    assert written == ["a", "a"]
+    assert [row[:4].tolist() for row in seen["input_ids"]] == [[1, 2, 26, 0], [3, 26, 0, 0]]
+    assert seen["attention_mask"].sum(axis=1).tolist() == [3, 2]
+
+
 # --- Bad input ------------------------------------------------------------------------------------
 
 

@@ -149,7 +149,7 @@ def mean_text(scores: list[float]) -> str:
     return f"{statistics.mean(scores):.3f}{spread} ({len(scores)})"
 
 
-def costs() -> dict[str, dict[str, float]]:
+def costs() -> dict[str, dict[str, str]]:
     """What cost.py found of each method."""
     path = HERE / "cost.csv"
     if not path.exists():

@@ -64,7 +64,7 @@ def compare(folder: pathlib.Path, case: dict[str, Any]) -> dict[str, Any]:
         names = [name for name in file if name != "logits"]
         inputs = {name: torch.tensor(file[name]).long() for name in names}
         got = model(**inputs).logits.float().numpy()
-        mask = file["decoder_attention_mask" if len(names) > 2 else "attention_mask"] == 1
+        mask = file[next(n for n in ("decoder_attention_mask", "attention_mask") if n in file)] == 1
     if got.ndim == 3:
         got = got[:, got.shape[1] - mask.shape[1] :][mask]  # what stands before tokens left out
         want = want[mask]

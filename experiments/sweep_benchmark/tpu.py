@@ -29,8 +29,12 @@ from absl import app, flags
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from lorax_ft import inspection, lift, methods, training, trees
+from lorax_ft import inspection
+from lorax_ft.adapted import Base, make_apply
+from lorax_ft.config import ExperimentConfig, parse
+from lorax_ft.experiment import make_optimizer
 from lorax_ft.models import LlamaConfig, build
+from lorax_ft.sweeps import members
 from lorax_ft.sweeps.step import make_train_step
 from lorax_ft.training import OBJECTIVES
 
@@ -46,29 +50,27 @@ CONFIG = LlamaConfig(
     tie_word_embeddings=True,
 )
 BATCH, LENGTH = 8, 128
+NO_DATA = {"data": {"source": {"train": "none"}}}
 
 _COST = flags.DEFINE_string("cost", None, "file with cost(text)", required=True)
 _MEMBERS = flags.DEFINE_list("members", ["1", "2", "4", "8", "16", "32"], "how many at once")
 _TARGET = flags.DEFINE_string("target", "v5p:2x2x1", "the TPU, whose first chip is compiled for")
 
 
-def lower(members: int, sharding: Any) -> Any:
+def lower(slots: int, sharding: Any) -> Any:
     """The sweep's own training step of so many members, lowered on shapes alone."""
     model = build(CONFIG, task="causal_lm", dtype="bfloat16", param_dtype="bfloat16")
     ids = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
     batch = {"input_ids": ids, "attention_mask": ids, "labels": ids}
     batch["weights"] = jax.ShapeDtypeStruct((BATCH,), jnp.float32)
     uses = inspection.inspect(model.apply, model.shapes(), {"input_ids": ids})
-    tx = training.build_optimizer(training.OptimizerConfig(learning_rate=1e-4), total_steps=1000)
-    section = methods.LoraConfig(rank=16)
+    config = parse({"model": {"path": "none"}, **NO_DATA, "lora": {"rank": 16}}, ExperimentConfig)
+    tx = make_optimizer(config, 1000)
 
     def halves(params):
-        ids = {id(x) for x in jax.tree.leaves(params)}
-        adapted, trainable = methods.add_methods(params, [section], jax.random.key(1), uses)
-        train, frozen = trees.partition(adapted, trainable)
-        own = jax.tree.map(lambda x: None if id(x) in ids else x, frozen)
-        shared = jax.tree.map(lambda x: x if id(x) in ids else None, frozen)
-        return train, tx.init(train), own, shared
+        base = Base(model=model, params=params, head=(), num_labels=None, uses=uses, config=config)
+        found = members.part(base, config, drops=False, fingerprint="")
+        return found.train, tx.init(found.train), found.own, found.shared
 
     train, opt_state, own, shared = jax.eval_shape(halves, model.shapes())
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
@@ -79,12 +81,9 @@ def lower(members: int, sharding: Any) -> Any:
             lambda x: jax.ShapeDtypeStruct((*front, *x.shape), x.dtype, sharding=sharding), tree
         )
 
-    apply = lift(model.apply)
-    step = make_train_step(
-        lambda params, inputs, key: apply(params, inputs), OBJECTIVES["causal_lm"], tx
-    )
-    stacked = (placed(x, members) for x in (train, opt_state, own))
-    rest = (placed(x, members) for x in (key, count, batch))
+    step = make_train_step(make_apply(model), OBJECTIVES["causal_lm"], tx)
+    stacked = (placed(x, slots) for x in (train, opt_state, own))
+    rest = (placed(x, slots) for x in (key, count, batch))
     return step.lower(*stacked, placed(shared), *rest)
 
 
@@ -95,12 +94,12 @@ def main(argv: list[str]) -> None:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=_TARGET.value)
     sharding = SingleDeviceSharding(topology.devices[0])
     rows: list[dict[str, Any]] = []
-    for members in map(int, _MEMBERS.value):
-        compiled = lower(members, sharding).compile()
+    for slots in map(int, _MEMBERS.value):
+        compiled = lower(slots, sharding).compile()
         cycles, _, opaque = cost(compiled.as_text())
         memory = compiled.memory_analysis()
-        row = {"target": _TARGET.value, "members": members, "gigacycles": cycles / 1e9}
-        row["of_one"] = cycles / members / (rows[0]["gigacycles"] * 1e9 if rows else cycles)
+        row = {"target": _TARGET.value, "members": slots, "gigacycles": cycles / 1e9}
+        row["of_one"] = cycles / slots / (rows[0]["gigacycles"] * 1e9 if rows else cycles)
         row["arguments_gib"] = memory.argument_size_in_bytes / 2**30
         row["temporaries_gib"] = memory.temp_size_in_bytes / 2**30
         row["without_estimate"] = json.dumps(dict(opaque))

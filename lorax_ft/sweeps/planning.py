@@ -51,29 +51,28 @@ class Plan:
 
 
 def make_program(
-    source: Source, group: Group, waiting: int, *, slots: int | None, memory: int | None
+    source: Source, group: Group, waiting: int, *, slots: int | None, memory: int
 ) -> tuple[Program, float]:
     """The group's program on as many slots as there is use and room for, and seconds of compiling.
 
     `slots` limits them, and is what a group that was begun had; `memory` are the bytes to fit in.
     Raises ValueError where there is no room for one.
     """
-    limit = free_memory() if memory is None else memory
     most = min(waiting, MOST_SLOTS if slots is None else slots)
     compiled = 0.0
     while True:
         program = Program(source, group, _even(waiting, most))
-        fits = _most_of(program, limit, 0)
+        fits = _most_of(program, memory, 0)
         if fits < program.slots and slots is None:  # not even the arrays: no need to compile
-            most = _at_least_one(fits, program, limit)
+            most = _at_least_one(fits, program, memory)
             continue
         start = time.perf_counter()
         temporary = max(_temporary(program, batch) for batch, _ in _idle_batches(program))
         compiled += time.perf_counter() - start
-        fits = _most_of(program, limit, temporary)
+        fits = _most_of(program, memory, temporary)
         if fits >= program.slots or slots is not None:
             return program, compiled
-        most = _at_least_one(min(fits, program.slots - 1), program, limit)
+        most = _at_least_one(min(fits, program.slots - 1), program, memory)
 
 
 def make_plan(program: Program, compile_seconds: float, steps: Sequence[int]) -> Plan:

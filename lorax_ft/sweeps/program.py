@@ -22,6 +22,7 @@ from lorax_ft.sweeps import members, step
 from lorax_ft.sweeps.groups import Group
 from lorax_ft.sweeps.members import Stack
 from lorax_ft.training.objectives import OBJECTIVES
+from lorax_ft.training.step import signature
 
 PyTree = Any
 Batch = Mapping[str, np.ndarray]
@@ -115,10 +116,10 @@ class Program:
 
     def compiled(self, batch: Batch) -> Any:
         """The training step for batches [slots, ...] of these shapes, compiled."""
-        signature = step.signature(batch)
-        if signature not in self._compiled:
-            self._compiled[signature] = self._train_step.lower(*self._abstract(batch)).compile()
-        return self._compiled[signature]
+        shapes = signature(batch)
+        if shapes not in self._compiled:
+            self._compiled[shapes] = self._train_step.lower(*self._abstract(batch)).compile()
+        return self._compiled[shapes]
 
     def train(
         self, stack: Stack, keys: np.ndarray, counts: np.ndarray, batch: Batch
@@ -174,7 +175,7 @@ class Batches:
         """The numbers of an epoch's batches by the shapes of their arrays, in one order."""
         found: dict[Any, list[int]] = {}
         for number in range(self.per_epoch):
-            found.setdefault(step.signature(self.get(self._config, number)), []).append(number)
+            found.setdefault(signature(self.get(self._config, number)), []).append(number)
         return found
 
     def get(self, config: ExperimentConfig, number: int) -> Batch:

@@ -27,11 +27,11 @@ from lorax_ft.sweeps.groups import Run
 from lorax_ft.sweeps.members import Stack
 from lorax_ft.sweeps.program import Batches, Member, Program
 from lorax_ft.sweeps.queue import Queue
-from lorax_ft.sweeps.step import signature
-from lorax_ft.sweeps.tally import Tally
 from lorax_ft.training import checkpoints, signals
 from lorax_ft.training.progress import Progress, TrainConfig, is_due, outcome_of, with_evaluation
 from lorax_ft.training.records import open_records
+from lorax_ft.training.step import signature
+from lorax_ft.training.tally import Tally
 
 PyTree = Any
 LAG = 2  # ticks after which a tick's metrics are read: the device never waits for the host

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,8 +61,3 @@ def make_eval_steps(
         return member(train, own, shared, batch)
 
     return jax.jit(jax.vmap(member, in_axes=(0, 0, None, None))), jax.jit(one)
-
-
-def signature(batch: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The shapes of a batch; each is a compilation of the step."""
-    return tuple(sorted((name, tuple(array.shape)) for name, array in batch.items()))

@@ -14,7 +14,7 @@ from typing import Any
 
 from lorax_ft import runs
 from lorax_ft.config import ExperimentConfig
-from lorax_ft.sweeps.directory import GROUPS
+from lorax_ft.sweeps.directory import GROUPS, RUNS
 from lorax_ft.sweeps.groups import LENGTHS, VALUES, Group, Run, group_runs
 from lorax_ft.sweeps.queue import metric_of
 from lorax_ft.sweeps.spaces import Choice, Distribution
@@ -141,7 +141,7 @@ class StudyQueue:
             trial = Trial(self._study, frozen._trial_id)  # Optuna has no other way to go on
             run = self._know(trial, self._run(trial))
             trial.set_user_attr(NAME, run.name)
-            if results := runs.read_results(directory / "runs" / run.name):
+            if results := runs.read_results(directory / RUNS / run.name):
                 self._tell(trial, results)
             else:
                 self._waiting.append(run)

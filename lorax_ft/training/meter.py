@@ -11,6 +11,8 @@ import jax
 import numpy as np
 
 from lorax_ft.training import flops
+from lorax_ft.training.step import signature
+from lorax_ft.training.tally import Tally
 
 # A step's metrics are read when this many later ones are under way: the device never waits for the
 # host, and the host is never far ahead of it.
@@ -24,7 +26,7 @@ class Meter:
     """
 
     def __init__(self, *, nonfinite: int = 0, peak_flops: float | None = None):
-        self.nonfinite = nonfinite
+        self._tally = Tally(nonfinite=nonfinite)
         self.last_loss: float | None = None  # None until a step has been read
         self._peak_flops = peak_flops  # of all devices together
         self._flops_of: dict[Any, float] = {}  # by the shapes of the batch
@@ -35,16 +37,16 @@ class Meter:
         self, step: Callable[..., Any], arguments: tuple[Any, ...], batch: Mapping[str, Any]
     ) -> tuple[Any, Any]:
         """`step(*arguments)` without its metrics, which are taken in; `batch` is the host's."""
-        signature = tuple(sorted((name, array.shape) for name, array in batch.items()))
+        shapes = signature(batch)
         now = time.perf_counter()
         if self._started is None:
             self._started = now
-        if signature in self._flops_of:
+        if shapes in self._flops_of:
             train, opt_state, metrics = step(*arguments)
             tokens = count_tokens(batch)
-            self._flops += self._flops_of[signature]
+            self._flops += self._flops_of[shapes]
         else:
-            self._flops_of[signature] = self._count_flops(step, arguments)
+            self._flops_of[shapes] = self._count_flops(step, arguments)
             train, opt_state, metrics = jax.block_until_ready(step(*arguments))
             self._untimed += time.perf_counter() - now
             tokens = (0, 0)
@@ -52,6 +54,11 @@ class Meter:
         while len(self._unread) > LAG:
             self._read()
         return train, opt_state
+
+    @property
+    def nonfinite(self) -> int:
+        """How many steps of the run were skipped, of those that were read."""
+        return self._tally.nonfinite
 
     @property
     def is_empty(self) -> bool:
@@ -62,12 +69,7 @@ class Meter:
         """Waits for the device and gives the numbers by name; None for what no step told."""
         while self._unread:
             self._read()
-        values = {
-            "loss": self._loss_sum / self._weight if self._weight else None,
-            "gradient_norm": self._last.get("gradient_norm"),
-            "learning_rate": self._last.get("learning_rate"),
-            "nonfinite": self.nonfinite,
-        }
+        values = self._tally.close()
         seconds = self._seconds()
         if self._tokens[1] and seconds > 0:
             real, padded = (self._tokens * jax.process_count() / seconds).tolist()
@@ -90,13 +92,8 @@ class Meter:
         metrics, tokens = self._unread.popleft()
         metrics = jax.device_get(metrics)  # waits for the step, so that its tokens are done
         self._tokens += tokens
-        self._last = {name: float(value) for name, value in metrics.items()}
-        self.last_loss = self._last["loss"]
-        if self._last["finite"]:
-            self._loss_sum += self._last["loss"] * self._last["weight"]
-            self._weight += self._last["weight"]
-        else:
-            self.nonfinite += 1
+        self._tally.add({name: float(value) for name, value in metrics.items()})
+        self.last_loss = float(metrics["loss"])
 
     def _seconds(self) -> float:
         if self._started is None:
@@ -105,10 +102,8 @@ class Meter:
 
     def _clear(self) -> None:
         self._started: float | None = None
-        self._untimed = 0.0
-        self._loss_sum = self._weight = self._flops = 0.0
+        self._untimed = self._flops = 0.0
         self._tokens = np.zeros(2)
-        self._last: dict[str, float] = {}
 
 
 def count_tokens(batch: Mapping[str, Any]) -> tuple[int, int]:

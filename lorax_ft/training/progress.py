@@ -129,7 +129,6 @@ def check_nonfinite(count: int, step: int, config: TrainConfig) -> None:
         raise FloatingPointError(
             f"By step {step} the loss or the gradient of {count} steps was not finite, and "
             f"TrainConfig.max_nonfinite is {config.max_nonfinite}. Those steps changed no "
-            "parameter. Lower the "
-            "learning rate or optimizer.clip_norm, compute in a wider dtype, or look for bad rows "
-            "in the data."
+            "parameter. Lower the learning rate or optimizer.clip_norm, compute in a wider dtype, "
+            "or look for bad rows in the data."
         )

@@ -171,3 +171,8 @@ def _norm(gradient: PyTree) -> Array:
 
 def _where(condition: Array, chosen: PyTree, otherwise: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, otherwise)
+
+
+def signature(batch: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The shapes of a batch's arrays by name; each is a compilation of the step."""
+    return tuple(sorted((name, tuple(array.shape)) for name, array in batch.items()))

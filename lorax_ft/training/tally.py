@@ -1,4 +1,4 @@
-"""The tally of one member's steps: what a record of `metrics.jsonl` says of them."""
+"""The tally of a run's steps: what a record of `metrics.jsonl` says of them."""
 
 from __future__ import annotations
 
