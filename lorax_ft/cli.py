@@ -29,6 +29,8 @@ from typing import Any
 
 from absl import flags
 
+from lorax_ft import huge_pages
+
 HELP = {"help", "--help", "-h"}
 EARLY_STOPPING: dict[str, bool | str] = {"false": False, "true": True, "never": "never"}
 # What the library raises where its input is at fault. RuntimeError: another run has the directory;
@@ -41,6 +43,7 @@ BAD_INPUT = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line (by default the process's own) and returns its exit code."""
+    is_process = argv is None
     argv = list(sys.argv if argv is None else argv)
     word, *rest = argv[1:] or [""]
     if word in HELP:
@@ -56,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         values = _define_flags(command, argv)
         arguments = values([argv[0], *rest])[1:]
+        if is_process and values.huge_pages:
+            huge_pages.restart()
         command.run(values, arguments)
         return 0
     except BAD_INPUT as error:
@@ -226,6 +231,12 @@ def _config(values: Any) -> Any:
 def _define_flags(command: Command, argv: list[str]) -> flags.FlagValues:
     values = flags.FlagValues()
     flags.DEFINE_boolean("traceback", False, "show where an error came from", flag_values=values)
+    flags.DEFINE_boolean(
+        "huge_pages",
+        True,
+        "on a CPU, start again with huge pages for arrays, which are faster",
+        flag_values=values,
+    )
     command.define(values, argv)
     return values
 

@@ -35,6 +35,7 @@ LAYERS = (
     "experiment",
     "finished",
     "sweeps",
+    "huge_pages",
     "cli",
 )
 HEAVY = {

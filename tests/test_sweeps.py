@@ -91,11 +91,11 @@ def alone(config, steps=STEPS):
     return np.array(losses), train
 
 
-def together(runs, steps=STEPS):
+def together(runs, steps=STEPS, *, vectorized=True):
     """The program of one group of runs, losses [steps, runs] and the stack in the end."""
     (group,) = group_runs(runs)
     source = load_source(group.first)
-    program = Program(source, group, len(runs))
+    program = Program(source, group, len(runs), vectorized=vectorized)
     batches = Batches(source, group.first, len(runs))
     stack, keys = program.empty(), []
     for i, run in enumerate(runs):
@@ -128,10 +128,10 @@ def plain(folder):
     return together(law_runs(folder, 0.0))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_member_is_the_run_it_would_have_been_alone(folder, plain, dropout):
+@pytest.mark.parametrize(("dropout", "vectorized"), [(0.0, True), (0.3, True), (0.3, False)])
+def test_a_member_is_the_run_it_would_have_been_alone(folder, plain, dropout, vectorized):
     runs = law_runs(folder, dropout)
-    program, losses, stack = together(runs) if dropout else plain
+    program, losses, stack = together(runs, vectorized=vectorized) if dropout else plain
 
     assert program.compiles == 1
     for i, run in enumerate(runs):
@@ -153,6 +153,24 @@ def test_padding_stays_zero_in_parameters_and_moments(folder, plain):
         for path, array in factors.items():
             assert np.any(array[..., :rank, :]), path
             assert not np.any(array[..., rank:, :]), path
+
+
+@pytest.mark.parametrize("vectorized", [True, False])
+def test_a_slot_without_a_batch_stays_as_it_is(folder, vectorized):
+    program, _, stack = together(runs_of(folder), 1, vectorized=vectorized)
+    before = jax.device_get(stack)
+    one = Batches(program.source, program.group.first, 1).get(program.group.first, 0)
+    batch = {name: np.stack([array] * program.slots) for name, array in one.items()}
+    batch["weights"][1] = 0
+    keys = np.stack([program.key_data] * program.slots)
+
+    after, metrics = program.train(stack, keys, np.ones(program.slots, np.int32), batch)
+
+    assert metrics["weight"].tolist() == [16, 0, 16]
+    for i, moved in enumerate((True, False, True)):
+        pairs = zip(*(jax.tree.leaves((s.train, s.opt_state)) for s in (before, after)))
+        same = all(np.array_equal(x[i], y[i]) for x, y in pairs)
+        assert same is not moved
 
 
 def test_there_is_one_copy_of_the_base(plain):

@@ -40,28 +40,27 @@ def read(task: str, data: pathlib.Path) -> list[tuple[list[str], list[str]]]:
     return [([row[3] for row in part], [row[1] for row in part]) for part in rows]
 
 
-def train(
-    task: str, method: str, seed: int, model_path: str, data: pathlib.Path, most: int
-) -> tuple[float, int]:
-    """One run; the model's score and its trainable parameters. `most` limits its steps."""
+def train(task: str, method: str, seed: int, options: argparse.Namespace) -> tuple[float, int]:
+    """One run; the model's score and its trainable parameters."""
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    (texts, labels), (held_texts, held_labels) = read(task, data)
+    (texts, labels), (held_texts, held_labels) = read(task, options.data)
     names = sorted(set(labels))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        model_path, num_labels=len(names)
+        options.model, num_labels=len(names)
     )
     if method == "lora":
         config = peft.LoraConfig(
-            task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules="all-linear"
+            task_type="SEQ_CLS", r=options.rank, lora_alpha=16, target_modules="all-linear"
         )
         model = peft.get_peft_model(model, config)
     model.to(device).train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     rates, epochs = METHODS[method]
-    steps = min(most, epochs * -(-len(texts) // BATCH))
-    optimizer = torch.optim.AdamW(trainable, lr=rates[task], weight_decay=0.01)
+    rate = options.learning_rate or rates[task]
+    steps = min(options.steps, epochs * -(-len(texts) // BATCH))
+    optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=0.01)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, int(0.06 * steps), steps)
 
     def batch(rows, texts):
@@ -103,16 +102,16 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--tasks", default="trec,cola")
     parser.add_argument("--methods", default="lora,full")
-    parser.add_argument("--steps", type=int, default=10**9, help="stop early, to try it")
+    parser.add_argument("--steps", type=int, default=10**9, help="no more than so many")
+    parser.add_argument("--rank", type=int, default=8, help="of LoRA")
+    parser.add_argument("--learning_rate", type=float, help="instead of the task's own")
     parser.add_argument("--output", type=pathlib.Path, default=HERE / "peer.csv")
     options = parser.parse_args()
     rows = []
     for task in options.tasks.split(","):
         for method in options.methods.split(","):
             for seed in map(int, options.seeds.split(",")):
-                score, trainable = train(
-                    task, method, seed, options.model, options.data, options.steps
-                )
+                score, trainable = train(task, method, seed, options)
                 row = {"task": task, "method": method, "seed": seed, "score": round(score, 4)}
                 rows.append(row | {"trainable": trainable})
                 print(rows[-1], flush=True)

@@ -5,9 +5,14 @@ it goes.
     python experiments/sweep_benchmark/run.py --data=../shared/data --steps=4 --ranks=1,2
 
 Four ranks of LoRA times two learning rates, MiniLM on TREC. Each way is one or more processes of
-`lorax-ft`, first with an empty compilation cache and then with the one that it left. With
-`--peer_python` and `--peer_script` a command that trains one such run in another framework is timed
-too: it takes `--rank --learning_rate --steps`. Writes results.csv and results.md beside this file.
+`lorax-ft`, first with an empty compilation cache and then with the one that it left. `--peer` is a
+command that trains one such run in another framework, and takes `--rank --learning_rate --steps`
+behind what is given:
+
+    --peer="python experiments/methods/peer.py --data=DATA --model=MINILM --tasks=trec \
+        --methods=lora --seeds=0 --output=/dev/null"
+
+Writes results.csv and results.md beside this file.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import itertools
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,8 +39,7 @@ _STEPS = flags.DEFINE_integer("steps", 200, "of each run")
 _RANKS = flags.DEFINE_list("ranks", ["1", "4", "16", "64"], "ranks of the grid")
 _RATES = flags.DEFINE_list("rates", ["5e-4", "2e-3"], "learning rates of the grid")
 _WAYS = flags.DEFINE_list("ways", ["sweep", "separate", "peer"], "what is timed")
-_PEER_PYTHON = flags.DEFINE_string("peer_python", None, "Python of the other framework")
-_PEER_SCRIPT = flags.DEFINE_string("peer_script", None, "script that trains one run")
+_PEER = flags.DEFINE_string("peer", None, "command that trains one run in another framework")
 
 
 def grid() -> list[tuple[int, float]]:
@@ -96,9 +101,8 @@ def peer() -> dict:
     """The same runs in another framework, a process each."""
     start = time.perf_counter()
     for rank, rate in grid():
-        command = [_PEER_PYTHON.value, _PEER_SCRIPT.value, f"--rank={rank}"]
-        command += [f"--learning_rate={rate}", f"--steps={_STEPS.value}"]
-        subprocess.run(command, check=True)
+        own = [f"--rank={rank}", f"--learning_rate={rate}", f"--steps={_STEPS.value}"]
+        subprocess.run([*shlex.split(_PEER.value), *own], check=True)
     return {"seconds": time.perf_counter() - start, "training": None, "accuracy": None}
 
 
@@ -116,7 +120,7 @@ def measure() -> list[dict]:
     rows = []
     for way in _WAYS.value:
         if way == "peer":
-            if _PEER_PYTHON.value and _PEER_SCRIPT.value:
+            if _PEER.value:
                 rows.append({"way": way, "cache": "none", **peer()})
             continue
         cache = pathlib.Path(_RUNS.value).absolute() / "cache" / way

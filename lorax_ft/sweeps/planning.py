@@ -1,7 +1,7 @@
 """The plan of a sweep before it trains: its groups, compiles, bytes and time.
 
 Nothing here is guessed but the evaluations' share: bytes are those of the arrays and of the
-compiler's own analysis, and a step is timed on batches of weight zero, which change nothing.
+compiler's own analysis, and a step is timed on slots without members, whose results nobody keeps.
 """
 
 from __future__ import annotations
@@ -51,23 +51,30 @@ class Plan:
 
 
 def make_program(
-    source: Source, group: Group, waiting: int, *, slots: int | None, memory: int
+    source: Source,
+    group: Group,
+    waiting: int,
+    *,
+    slots: int | None,
+    memory: int,
+    vectorized: bool | None = None,
 ) -> tuple[Program, float]:
     """The group's program on as many slots as there is use and room for, and seconds of compiling.
 
-    `slots` limits them, and is what a group that was begun had; `memory` are the bytes to fit in.
+    `slots` limits them, and is what a group that was begun had; `memory` are the bytes to fit in;
+    `vectorized` is as `SweepConfig` has it.
     Raises ValueError where there is no room for one.
     """
     most = min(waiting, MOST_SLOTS if slots is None else slots)
     compiled = 0.0
     while True:
-        program = Program(source, group, _even(waiting, most))
+        program = Program(source, group, _even(waiting, most), vectorized=vectorized)
         fits = _most_of(program, memory, 0)
         if fits < program.slots and slots is None:  # not even the arrays: no need to compile
             most = _at_least_one(fits, program, memory)
             continue
         start = time.perf_counter()
-        temporary = max(_temporary(program, batch) for batch, _ in _idle_batches(program))
+        temporary = max(_temporary(program, batch) for batch, _ in _full_batches(program))
         compiled += time.perf_counter() - start
         fits = _most_of(program, memory, temporary)
         if fits >= program.slots or slots is not None:
@@ -78,7 +85,7 @@ def make_program(
 def make_plan(program: Program, compile_seconds: float, steps: Sequence[int]) -> Plan:
     """The plan of a compiled program, for runs of so many steps each."""
     shared, each = state_bytes(program)
-    batches = _idle_batches(program)
+    batches = _full_batches(program)
     return Plan(
         group=program.group.name,
         runs=len(steps),
@@ -129,13 +136,12 @@ def free_memory() -> int:
         return 2**62  # no telling
 
 
-def _idle_batches(program: Program) -> list[tuple[Batch, float]]:
-    """A batch [slots, ...] of weight zero of each shape in an epoch, with the shape's share."""
+def _full_batches(program: Program) -> list[tuple[Batch, float]]:
+    """A batch [slots, ...] of each shape in an epoch, with the shape's share."""
     batches = Batches(program.source, program.group.first, program.slots)
     found = []
     for numbers in batches.shapes.values():
-        one = dict(batches.get(program.group.first, numbers[0]))
-        one["weights"] = np.zeros_like(one["weights"])
+        one = batches.get(program.group.first, numbers[0])
         stacked = {name: np.stack([array] * program.slots) for name, array in one.items()}
         found.append((stacked, len(numbers) / batches.per_epoch))
     return found
@@ -158,9 +164,11 @@ def _time(program: Program, batch: Batch) -> float:
 
 
 def _most_of(program: Program, limit: int, temporary: int) -> int:
-    """How many slots fit, if what the step takes grows with them."""
+    """How many slots fit; what the step takes grows with those that it computes side by side."""
     shared, each = state_bytes(program)
-    return int((limit - shared) / (each + temporary / program.slots))
+    if program.vectorized:
+        return int((limit - shared) / (each + temporary / program.slots))
+    return int((limit - shared - temporary) / each)
 
 
 def _at_least_one(fits: int, program: Program, limit: int) -> int:

@@ -80,11 +80,13 @@ class Member:
 class Program:
     """The steps of a group on so many slots; each shape of batch is compiled once, when asked for.
 
-    `shapes` are those of one member's `Stack`, as large as the largest run of the group.
+    `shapes` are those of one member's `Stack`, as large as the largest run of the group. Members
+    are `vectorized` everywhere but on a CPU, which one member fills.
     """
 
-    def __init__(self, source: Source, group: Group, slots: int):
+    def __init__(self, source: Source, group: Group, slots: int, *, vectorized: bool | None = None):
         config = group.first
+        self.vectorized = jax.default_backend() != "cpu" if vectorized is None else vectorized
         self.source, self.group, self.slots = source, group, slots
         base, task = source.base, source.dataset.task
         self.tx = _optimizer(source, config)
@@ -99,9 +101,15 @@ class Program:
         ).shared
         apply, objective = make_apply(base.model), OBJECTIVES[task]
         self._train_step = step.make_train_step(
-            apply, objective, self.tx, accumulation=config.train.accumulation
+            apply,
+            objective,
+            self.tx,
+            accumulation=config.train.accumulation,
+            vectorized=self.vectorized,
         )
-        self.eval_every, self.eval_one = step.make_eval_steps(apply, objective)
+        self.eval_every, self.eval_one = step.make_eval_steps(
+            apply, objective, vectorized=self.vectorized
+        )
         self._compiled: dict[Any, Any] = {}
 
     @property

@@ -72,6 +72,7 @@ class SweepConfig:
     mode: str = "max"  # whether more of it ("max") or less of it ("min") is better
     slots: int | None = None  # runs at a time; None: as many as memory has room for
     memory: int | None = None  # bytes that a group may take; None: what the device has free
+    vectorized: bool | None = None  # runs side by side or in turn; None: in turn on CPUs alone
     same_order: bool = False  # all runs see the base config's batches, whatever their seeds
     collapse_patience: int | None = 3  # evaluations in a row of one class that end a run
     halving: Halving | None = None  # ends runs early; needs evaluations on the way

@@ -175,6 +175,7 @@ def prepare(
             part.count,
             slots=_slots_begun(directory / GROUPS / group.name) or sweep.slots,
             memory=sweep.memory or int(share * planning.free_memory()),
+            vectorized=sweep.vectorized,
         )
         steps = _steps(source, group, queue, left)
         plan = planning.make_plan(program, seconds, steps)
