@@ -12,7 +12,8 @@ behind what is given:
     --peer="python experiments/methods/peer.py --data=DATA --model=MINILM --tasks=trec \
         --methods=lora --seeds=0 --output=/dev/null"
 
-Writes results.csv and results.md beside this file.
+All ways have huge pages where the system gives them. Writes results.csv and results.md beside this
+file.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ import sys
 import time
 
 from absl import app, flags
+
+from lorax_ft import huge_pages
 
 HERE = pathlib.Path(__file__).resolve().parent
 PROGRAM = "import sys; from lorax_ft.cli import main; sys.exit(main())"
@@ -157,6 +160,7 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    os.environ.setdefault("GLIBC_TUNABLES", huge_pages.TUNABLE)
     rows = measure()
     head = f"{len(grid())} runs of {_STEPS.value} steps, {os.cpu_count()} cores.\n\n"
     with (HERE / "results.csv").open("w", newline="") as file:
