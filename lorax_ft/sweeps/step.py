@@ -37,6 +37,7 @@ def make_train_step(
     """
     one = single.train_step(apply, objective, tx, accumulation=accumulation)
 
+    @jax.jit  # so that it is traced once, whoever asks for its shapes
     def step(shared, member):
         train, opt_state, own, key, count, batch = member
         key = jax.random.fold_in(jax.random.wrap_key_data(key), count)
