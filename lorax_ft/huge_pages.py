@@ -1,8 +1,9 @@
 """Huge pages for the arrays of a process that computes on a CPU, which Linux gives when asked.
 
 XLA allocates what a step needs anew each time, and the kernel then clears it page by page: with
-pages of 4 KiB that is a fifth to a third of a training step. glibc asks for pages of 2 MiB where
-its tunable `glibc.malloc.hugetlb` says so, which it reads when a process starts and never again.
+pages of 4 KiB that was a fifth to a third of a small BERT's training step. glibc asks for pages of
+2 MiB where its tunable `glibc.malloc.hugetlb` says so, which it reads when a process starts and
+never again.
 """
 
 from __future__ import annotations

@@ -26,15 +26,14 @@ import pathlib
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 
 from absl import app, flags
+from process import seconds_of, trec_flags
 
 from lorax_ft import huge_pages
 
 HERE = pathlib.Path(__file__).resolve().parent
-PROGRAM = "import sys; from lorax_ft.cli import main; sys.exit(main())"
 
 _DATA = flags.DEFINE_string("data", "data", "folder with trec/")
 _RUNS = flags.DEFINE_string("runs", "runs/sweep_benchmark", "where run directories go")
@@ -53,28 +52,7 @@ def grid() -> list[tuple[int, float]]:
 
 def common() -> list[str]:
     """Flags that both ways of ours have."""
-    folder = pathlib.Path(_DATA.value) / "trec"
-    values = {
-        "data.source.train": folder / "train_5500.label",
-        "data.source.test": folder / "TREC_10.label",
-        "data.split.validation": 0.1,
-        "train.steps": _STEPS.value,
-        "train.eval_every": 0,
-        "train.tensorboard": "false",
-        "train.progress_bar": "false",
-        "baseline": "false",
-    }
-    flags_ = [f"--config.{key}={value}" for key, value in values.items()]
-    return ["--config=configs/trec.py:lora", *flags_]
-
-
-def run(arguments: list[str], cache: pathlib.Path) -> float:
-    """Seconds of a process of ours."""
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
-    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", PROGRAM, *arguments], check=True, env=environment)
-    return time.perf_counter() - start
+    return trec_flags(_DATA.value, steps=_STEPS.value, eval_every=0)
 
 
 def sweep(directory: pathlib.Path, cache: pathlib.Path) -> dict:
@@ -86,7 +64,7 @@ def sweep(directory: pathlib.Path, cache: pathlib.Path) -> dict:
         f"    return grid({{'lora.rank': {ranks}, 'optimizer.learning_rate': {rates}}})\n"
     )
     where = [f"--sweep={file}", f"--sweep_dir={directory / 'sweep'}"]
-    seconds = run(["sweep", *common(), *where], cache)
+    seconds = seconds_of(["sweep", *common(), *where], cache)
     return {"seconds": seconds, **training(sorted((directory / "sweep" / "runs").iterdir()))}
 
 
@@ -96,7 +74,7 @@ def separate(directory: pathlib.Path, cache: pathlib.Path) -> dict:
     for rank, rate in grid():
         folders.append(directory / f"rank-{rank}-rate-{rate}")
         own = [f"--config.lora.rank={rank}", f"--config.optimizer.learning_rate={rate}"]
-        seconds += run(["train", *common(), *own, f"--run_dir={folders[-1]}"], cache)
+        seconds += seconds_of(["train", *common(), *own, f"--run_dir={folders[-1]}"], cache)
     return {"seconds": seconds, **training(folders)}
 
 

@@ -17,17 +17,14 @@ import os
 import pathlib
 import shutil
 import statistics
-import subprocess
-import sys
-import time
 from typing import Any
 
 from absl import app, flags
+from process import seconds_of, trec_flags
 
 from lorax_ft import huge_pages
 
 HERE = pathlib.Path(__file__).resolve().parent
-PROGRAM = "import sys; from lorax_ft.cli import main; sys.exit(main())"
 SWEEP = """import random
 
 from lorax_ft.sweeps import Halving, SweepConfig, grid
@@ -57,25 +54,10 @@ def run(way: str, seed: int, *more: str) -> dict[str, Any]:
     ranks = [int(rank) for rank in _RANKS.value]
     file = directory / "sweep.py"
     file.write_text(SWEEP.format(ranks=ranks, rates=RATES, seed=seed, halving=halving))
-    folder = pathlib.Path(_DATA.value) / "trec"
-    values = {
-        "data.source.train": folder / "train_5500.label",
-        "data.source.test": folder / "TREC_10.label",
-        "data.split.validation": 0.1,
-        "train.steps": _STEPS.value,
-        "train.eval_every": _STEPS.value // 9 if way == "search" else 0,
-        "train.tensorboard": "false",
-        "train.progress_bar": "false",
-        "baseline": "false",
-    }
-    arguments = [f"--config.{key}={value}" for key, value in values.items()]
+    every = _STEPS.value // 9 if way == "search" else 0
+    arguments = ["sweep", *trec_flags(_DATA.value, steps=_STEPS.value, eval_every=every)]
     arguments += [f"--sweep={file}", f"--sweep_dir={directory / 'sweep'}", *more]
-    start = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-c", PROGRAM, "sweep", "--config=configs/trec.py:lora", *arguments],
-        check=True,
-    )
-    seconds = time.perf_counter() - start
+    seconds = seconds_of(arguments, directory.parent / "cache")
     return {} if more else {"seconds": seconds, **chosen(directory / "sweep")}
 
 
@@ -130,9 +112,6 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     os.environ.setdefault("GLIBC_TUNABLES", huge_pages.TUNABLE)
-    cache = pathlib.Path(_RUNS.value).absolute() / "cache"
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(cache)}
-    os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     seeds = [int(seed) for seed in _SEEDS.value]
     run("grid", seeds[0], "--only_plan")  # fills the cache, of which both ways then have as much
     rows = []

@@ -74,7 +74,7 @@ def make_program(
             most = _at_least_one(fits, program, memory)
             continue
         start = time.perf_counter()
-        temporary = max(_temporary(program, batch) for batch, _ in _full_batches(program))
+        temporary = max(_temporary(program, batch) for batch, _ in _one_of_each_shape(program))
         compiled += time.perf_counter() - start
         fits = _most_of(program, memory, temporary)
         if fits >= program.slots or slots is not None:
@@ -85,7 +85,7 @@ def make_program(
 def make_plan(program: Program, compile_seconds: float, steps: Sequence[int]) -> Plan:
     """The plan of a compiled program, for runs of so many steps each."""
     shared, each = state_bytes(program)
-    batches = _full_batches(program)
+    batches = _one_of_each_shape(program)
     return Plan(
         group=program.group.name,
         runs=len(steps),
@@ -136,7 +136,7 @@ def free_memory() -> int:
         return 2**62  # no telling
 
 
-def _full_batches(program: Program) -> list[tuple[Batch, float]]:
+def _one_of_each_shape(program: Program) -> list[tuple[Batch, float]]:
     """A batch [slots, ...] of each shape in an epoch, with the shape's share."""
     batches = Batches(program.source, program.group.first, program.slots)
     found = []

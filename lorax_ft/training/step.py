@@ -134,6 +134,11 @@ def split_batch(batch: Batch, parts: int) -> dict[str, Array]:
     return {name: split(name, array) for name, array in batch.items()}
 
 
+def signature(batch: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The shapes of a batch's arrays by name; each is a compilation of the step."""
+    return tuple(sorted((name, tuple(array.shape)) for name, array in batch.items()))
+
+
 def _loss_and_gradient(apply: Apply, objective: Objective, frozen: PyTree):
     """(train, batch, key) -> (loss sum, weight sum, gradient of the loss sum)."""
 
@@ -171,8 +176,3 @@ def _norm(gradient: PyTree) -> Array:
 
 def _where(condition: Array, chosen: PyTree, otherwise: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, otherwise)
-
-
-def signature(batch: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The shapes of a batch's arrays by name; each is a compilation of the step."""
-    return tuple(sorted((name, tuple(array.shape)) for name, array in batch.items()))
