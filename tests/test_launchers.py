@@ -1,5 +1,6 @@
 """Workers of a sweep: each launcher ends in the table of this process, whatever dies on the way."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -52,6 +53,15 @@ def table(rows):
     return {row.name: (row.results["outcome"], row.results["metrics"]) for row in rows}
 
 
+def to_rounding(table):
+    """The table that another process ends in: sums of float32 may differ there in the last bit."""
+    near = functools.partial(pytest.approx, rel=1e-6, abs=0)
+    return {
+        name: (outcome, {part: near(found) for part, found in metrics.items()})
+        for name, (outcome, metrics) in table.items()
+    }
+
+
 def test_a_process_killed_in_mid_group_ends_in_the_undisturbed_table(
     config, undisturbed, tmp_path, monkeypatch, capfd
 ):
@@ -72,7 +82,7 @@ def test_a_process_killed_in_mid_group_ends_in_the_undisturbed_table(
 
     rows = sweeps.train(config, SWEEP, tmp_path, launcher="local:2")
 
-    assert table(rows) == table(undisturbed)
+    assert table(rows) == to_rounding(table(undisturbed))
     out = capfd.readouterr().out
     assert out.count("lora-1: its process died of SIGKILL; it is started again.") == 1
     assert re.search(r"lora-1 goes on from its checkpoint of tick \d", out)
@@ -86,7 +96,7 @@ def test_a_job_of_submitit_ends_in_the_same_table(config, undisturbed, tmp_path)
 
     rows = sweeps.train(config, sweep, tmp_path, launcher="slurm:local", resources={"mem_gb": 4})
 
-    assert table(rows) == table(undisturbed[:3])
+    assert table(rows) == to_rounding(table(undisturbed[:3]))
     assert list((tmp_path / "slurm").glob("*_log.out"))
 
 
@@ -122,7 +132,7 @@ def test_a_node_killed_in_mid_group_ends_in_the_undisturbed_table(
     finally:
         cluster.shutdown()
 
-    assert table(rows) == table(undisturbed)
+    assert table(rows) == to_rounding(table(undisturbed))
     assert "goes on from its checkpoint of tick" in capfd.readouterr().out
 
 
