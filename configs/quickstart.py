@@ -14,6 +14,8 @@ rate and epochs were picked among four by this same accuracy.
 
 from ml_collections import ConfigDict
 
+from lorax_ft.data.docstrings import PACKAGES
+
 
 def get_config(method: str = "lora") -> ConfigDict:
     if method not in ("lora", "qlora"):
@@ -26,7 +28,7 @@ def get_config(method: str = "lora") -> ConfigDict:
     config.data = {
         "source": {"train": "builtin:docstrings"},
         "split": {"test": 0.7, "group": "origin"},  # few to learn from, as where tuning pays
-        "task": {"max_length": 48},
+        "task": {"max_length": 48, "label_names": tuple(PACKAGES)},  # all, however it is split
         "loader": {"batch_size": 32, "buckets": (24, 48)},
     }
     config.lora = {"rank": 8}

@@ -24,7 +24,7 @@ BASE = {
 # What members differ in: ranks, scales, rates, decays, warm-ups, lengths, dropout, seeds.
 CHANGES = [
     {"lora.rank": 1, "lora.rslora": True, "optimizer.warmup_steps": 20},
-    {"lora.rank": 4, "lora.alpha": 4.0, "optimizer.weight_decay": 0.0, "seed": 1},
+    {"lora.rank": 16, "lora.alpha": 16.0, "optimizer.weight_decay": 0.0, "seed": 1},
     {"optimizer.learning_rate": 1e-2, "optimizer.clip_norm": 0.1, "train.steps": 250},
 ]
 
@@ -97,17 +97,18 @@ def together(runs, steps=STEPS, *, vectorized=True):
     source = load_source(group.first)
     program = Program(source, group, len(runs), vectorized=vectorized)
     batches = Batches(source, group.first, len(runs))
-    stack, keys = program.empty(), []
+    stack, keys, sizes = program.empty(), [], np.zeros(len(runs), np.int32)
     for i, run in enumerate(runs):
         member = program.start(run.config)
         stack = members.put(stack, i, member.stack)
         keys.append(member.key)
+        sizes[i] = member.size
     losses = []
     for n in range(steps):
         own = [batches.get(run.config, n) for run in runs]
         batch = {name: np.stack([b[name] for b in own]) for name in own[0]}
         counts = np.full(len(runs), n, np.int32)
-        stack, metrics = program.train(stack, np.stack(keys), counts, batch)
+        stack, metrics = program.train(stack, np.stack(keys), sizes, counts, batch)
         losses.append(np.asarray(metrics["loss"]))
     return program, np.array(losses), stack
 
@@ -134,6 +135,7 @@ def test_a_member_is_the_run_it_would_have_been_alone(folder, plain, dropout, ve
     program, losses, stack = together(runs, vectorized=vectorized) if dropout else plain
 
     assert program.compiles == 1
+    assert len(program.sizes) == (1 if vectorized else 2)  # ranks 1 and 2 make the smaller steps
     for i, run in enumerate(runs):
         want, train = alone(run.config)
         # float32 sums in another order, amplified over 200 steps of Adam
@@ -146,7 +148,7 @@ def test_a_member_is_the_run_it_would_have_been_alone(folder, plain, dropout, ve
 def test_padding_stays_zero_in_parameters_and_moments(folder, plain):
     _, _, stack = plain
 
-    for i, rank in enumerate((1, 4, 2)):
+    for i, rank in enumerate((1, 16, 2)):
         member = trees.flatten_arrays(members.take((stack.train, stack.opt_state), i))
         factors = {p: x for p, x in member.items() if p.endswith(("/a", "/b"))}
         assert len(factors) == 3 * 2 * 2  # values and two moments, two kernels, two factors
@@ -164,7 +166,9 @@ def test_a_slot_without_a_batch_stays_as_it_is(folder, vectorized):
     batch["weights"][1] = 0
     keys = np.stack([program.key_data] * program.slots)
 
-    after, metrics = program.train(stack, keys, np.ones(program.slots, np.int32), batch)
+    sizes, counts = np.zeros((2, program.slots), np.int32)
+    sizes[:] = len(program.sizes) - 1
+    after, metrics = program.train(stack, keys, sizes, counts + 1, batch)
 
     assert metrics["weight"].tolist() == [16, 0, 16]
     for i, moved in enumerate((True, False, True)):

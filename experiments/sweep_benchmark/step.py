@@ -59,11 +59,12 @@ def together(source: Source, config: ExperimentConfig, slots: int) -> Callable[[
     program = Program(source, group, slots)
     one = Batches(source, config, slots).get(config, 0)
     batch = {name: np.stack([array] * slots) for name, array in one.items()}
-    keys, counts = np.stack([program.key_data] * slots), np.zeros(slots, np.int32)
+    keys = np.stack([program.key_data] * slots)
+    sizes = counts = np.zeros(slots, np.int32)
     state = [program.empty()]
 
     def once() -> None:
-        state[0] = program.train(state[0], keys, counts, batch)[0]
+        state[0] = program.train(state[0], keys, sizes, counts, batch)[0]
         jax.block_until_ready(state)
 
     return once

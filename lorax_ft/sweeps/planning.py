@@ -153,14 +153,22 @@ def _temporary(program: Program, batch: Batch) -> int:
 
 
 def _time(program: Program, batch: Batch) -> float:
-    """Seconds of a step, on slots without members."""
-    counts = np.zeros(program.slots, np.int32)
-    keys = np.stack([program.key_data] * program.slots)
-    stack, _ = program.train(program.empty(), keys, counts, batch)
-    jax.block_until_ready(stack)
-    start = time.perf_counter()
-    jax.block_until_ready(program.train(stack, keys, counts, batch))
-    return time.perf_counter() - start
+    """Seconds of a step, on slots without members; in turn, those of one slot for each size."""
+    slots, keys = program.slots, np.stack([program.key_data] * program.slots)
+    counts, stack, seconds = np.zeros(slots, np.int32), program.empty(), []
+    if not program.vectorized:
+        weights = batch["weights"].copy()
+        weights[1:] = 0
+        batch = {**batch, "weights": weights}
+    for size in range(len(program.sizes)):
+        arguments = (keys, np.full(slots, size, np.int32), counts, batch)
+        stack, _ = jax.block_until_ready(program.train(stack, *arguments))
+        start = time.perf_counter()
+        stack, _ = jax.block_until_ready(program.train(stack, *arguments))
+        seconds.append(time.perf_counter() - start)
+    if program.vectorized:
+        return seconds[0]
+    return slots * sum(seconds[size] for size in program.run_sizes) / len(program.run_sizes)
 
 
 def _most_of(program: Program, limit: int, temporary: int) -> int:

@@ -21,8 +21,9 @@ from lorax_ft.models import hub
 from lorax_ft.sweeps import members, step
 from lorax_ft.sweeps.groups import Group
 from lorax_ft.sweeps.members import Stack
+from lorax_ft.training.flops import count_flops
 from lorax_ft.training.objectives import OBJECTIVES
-from lorax_ft.training.step import signature
+from lorax_ft.training.step import NOT_INPUTS, signature
 
 PyTree = Any
 Batch = Mapping[str, np.ndarray]
@@ -73,6 +74,7 @@ class Member:
     """A run, ready for a slot."""
 
     stack: Stack  # padded
+    size: int  # the number of the program's size that it is cut to for a step
     key: np.ndarray  # raw, of the run's PRNG key
     experiment: Experiment  # whose trees are not padded
 
@@ -81,7 +83,8 @@ class Program:
     """The steps of a group on so many slots; each shape of batch is compiled once, when asked for.
 
     `shapes` are those of one member's `Stack`, as large as the largest run of the group. Members
-    are `vectorized` everywhere but on a CPU, which one member fills.
+    are `vectorized` everywhere but on a CPU, which one member fills; where they are not, each step
+    is of one of the `sizes`, of which the last are `shapes`; `run_sizes` says which each run has.
     """
 
     def __init__(self, source: Source, group: Group, slots: int, *, vectorized: bool | None = None):
@@ -90,22 +93,29 @@ class Program:
         self.source, self.group, self.slots = source, group, slots
         base, task = source.base, source.dataset.task
         self.tx = _optimizer(source, config)
-        self.shapes: Stack = members.largest(
-            [
-                members.shapes(base, run.config, _optimizer(source, run.config), drops=group.drops)
-                for run in _distinct(group)
-            ]
-        )
+        own = {
+            repr(run.config.methods): members.shapes(
+                base, run.config, _optimizer(source, run.config), drops=group.drops
+            )
+            for run in _distinct(group)
+        }
+        self.shapes: Stack = members.largest(list(own.values()))
         self.shared = members.part(
             base, config, drops=group.drops, fingerprint=source.fingerprint(config)
         ).shared
         apply, objective = make_apply(base.model), OBJECTIVES[task]
+        self.sizes: tuple[Stack, ...] = (self.shapes,)
+        if not self.vectorized and len(own) > 1:
+            forward = _forward_flops(source, config)
+            self.sizes = members.sizes([*own.values(), self.shapes], forward)
+        fits = {key: members.fitting(self.sizes, (x.train, x.own)) for key, x in own.items()}
+        self.run_sizes = [fits[repr(run.config.methods)] for run in group.runs]
         self._train_step = step.make_train_step(
             apply,
             objective,
             self.tx,
             accumulation=config.train.accumulation,
-            vectorized=self.vectorized,
+            sizes=None if self.vectorized else self.sizes,
         )
         self.eval_every, self.eval_one = step.make_eval_steps(
             apply, objective, vectorized=self.vectorized
@@ -130,11 +140,17 @@ class Program:
         return self._compiled[shapes]
 
     def train(
-        self, stack: Stack, keys: np.ndarray, counts: np.ndarray, batch: Batch
+        self,
+        stack: Stack,
+        keys: np.ndarray,
+        sizes: np.ndarray,
+        counts: np.ndarray,
+        batch: Batch,
     ) -> tuple[Stack, dict[str, jax.Array]]:
         """One step of every slot; see `step.make_train_step`."""
         train, opt_state, metrics = self.compiled(batch)(
-            stack.train, stack.opt_state, stack.own, self.shared, keys, counts, dict(batch)
+            *(stack.train, stack.opt_state, stack.own, self.shared),
+            *(keys, sizes, counts, dict(batch)),
         )
         return Stack(train, opt_state, stack.own), metrics
 
@@ -144,10 +160,12 @@ class Program:
         fingerprint = self.source.fingerprint(config)
         halves = members.part(base, config, drops=self.group.drops, fingerprint=fingerprint)
         experiment = assemble(config, self.source.tokenizer, self.source.dataset, halves.adapted)
+        size = members.fitting(self.sizes, (halves.train, halves.own))
         train, own = members.pad((halves.train, halves.own), (self.shapes.train, self.shapes.own))
         opt_state = _optimizer(self.source, config).init(train)
         key = np.asarray(jax.random.key_data(training_key(config.seed)))
-        return Member(stack=Stack(train, opt_state, own), key=key, experiment=experiment)
+        stack = Stack(train, opt_state, own)
+        return Member(stack=stack, size=size, key=key, experiment=experiment)
 
     def empty(self) -> Stack:
         """Slots without members."""
@@ -160,7 +178,7 @@ class Program:
         return (
             *(stack.train, stack.opt_state, stack.own, shared),
             jax.ShapeDtypeStruct((self.slots, *key.shape), key.dtype),
-            jax.ShapeDtypeStruct((self.slots,), jnp.int32),
+            *(jax.ShapeDtypeStruct((self.slots,), jnp.int32),) * 2,
             {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()},
         )
 
@@ -208,11 +226,18 @@ def state_bytes(program: Program) -> tuple[int, int]:
     return shared, sum(trees.array_bytes(x) for x in jax.tree.leaves(program.shapes))
 
 
+def _forward_flops(source: Source, config: ExperimentConfig) -> float:
+    """What the base computes forward, for each row of a batch."""
+    batch = Batches(source, config, 1).get(config, 0)
+    inputs = {name: array for name, array in batch.items() if name not in NOT_INPUTS}
+    traced = jax.jit(make_apply(source.base.model)).trace(source.base.params, inputs)
+    return count_flops(traced.jaxpr) / batch["input_ids"].size
+
+
 def _optimizer(source: Source, config: ExperimentConfig) -> optax.GradientTransformation:
     return make_optimizer(config, source.total_steps(config))
 
 
 def _distinct(group: Group) -> list[Any]:
     """Runs that between them have all the sizes of the group: one of each method sections."""
-    found = {repr(run.config.methods): run for run in group.runs}
-    return list(found.values())
+    return list({repr(run.config.methods): run for run in group.runs}.values())

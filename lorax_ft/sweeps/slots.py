@@ -138,11 +138,11 @@ def _tick(state: State, program: Program, batches: Batches) -> list[Slot]:
     shapes = collections.Counter(signature(batch) for batch in wanted.values())
     shape = max(shapes, key=lambda s: (shapes[s], s))
     chosen = {i: batch for i, batch in wanted.items() if signature(batch) == shape}
-    counts = np.zeros(program.slots, np.int32)
+    counts, sizes = np.zeros((2, program.slots), np.int32)
     for i, slot in state.slots.items():
-        counts[i] = slot.progress.step
+        counts[i], sizes[i] = slot.progress.step, slot.member.size
     batch = _stacked(chosen, program.slots)
-    state.stack, metrics = program.train(state.stack, state.keys, counts, batch)
+    state.stack, metrics = program.train(state.stack, state.keys, sizes, counts, batch)
     state.ticks += 1
     state.unread.append((metrics, [(i, state.slots[i].tally) for i in chosen]))
     while len(state.unread) > LAG:

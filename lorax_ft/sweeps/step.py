@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from lorax_ft import trees
+from lorax_ft.sweeps.members import Stack, pad, unpad
 from lorax_ft.training import step as single
 from lorax_ft.training.objectives import Objective
 
@@ -23,41 +25,54 @@ def make_train_step(
     tx: optax.GradientTransformation,
     *,
     accumulation: int = 1,
-    vectorized: bool = True,
+    sizes: Sequence[Stack] | None = None,
 ) -> Callable[..., tuple[PyTree, PyTree, dict[str, Array]]]:
-    """A jitted `step(train, opt_state, own, shared, keys, counts, batch)` of K members.
+    """A jitted `step(train, opt_state, own, shared, keys, sizes, counts, batch)` of K members.
 
     All but `shared` have an axis of K in front: `train`, `opt_state` and `own` those of a `Stack`,
-    `keys` [K, ...] the raw data of the members' PRNG keys, `counts` [K] how many steps each has
-    made, `batch` {name: [K, batch, ...]}. Returns (train, opt_state, metrics), each metric [K] as
-    `training.step.train_step` has it. `train` and `opt_state` are donated.
+    `keys` [K, ...] the raw data of the members' PRNG keys, `sizes` [K] which of `sizes` each
+    member has, `counts` [K] how many steps each has made, `batch` {name: [K, batch, ...]}. Returns
+    (train, opt_state, metrics), each metric [K] as `training.step.train_step` has it. `train` and
+    `opt_state` are donated.
 
-    Nothing of a member depends on the others. One whose batch has weight zero stays as it is, which
-    is how a slot waits; it costs nothing where members are not `vectorized` (see `_each`).
+    Without `sizes` members are computed side by side, all as large as the largest. Otherwise they
+    are computed in turn, and a member is cut to the shapes of its size for its step: what pads it
+    behind those is zero, and stays so. Nothing of a member depends on the others. One whose batch
+    has weight zero stays as it is, which is how a slot waits; it costs nothing in turn.
     """
     one = single.train_step(apply, objective, tx, accumulation=accumulation)
 
-    @jax.jit  # so that it is traced once, whoever asks for its shapes
-    def step(shared, member):
-        train, opt_state, own, key, count, batch = member
+    @jax.jit  # so that it is traced once for each size, whoever asks for its shapes
+    def step(shared, stack, key, count, batch):
         key = jax.random.fold_in(jax.random.wrap_key_data(key), count)
-        return one(train, opt_state, trees.combine(own, shared), batch, key)
+        params = trees.combine(stack.own, shared)
+        return one(stack.train, stack.opt_state, params, batch, key)
 
-    def skip(shared, member):
+    def sized(size, shared, stack, *rest):
+        train, opt_state, metrics = step(shared, unpad(stack, size), *rest)
+        return *pad((train, opt_state), (stack.train, stack.opt_state)), metrics
+
+    def skip(shared, stack, *rest):
         """The member as it is, and metrics that nobody reads."""
-        train, opt_state, *_ = member
-        _, _, metrics = jax.eval_shape(step, shared, member)
-        zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in metrics.items()}
-        return train, opt_state, zeros
+        _, _, metrics = jax.eval_shape(functools.partial(sized, sizes[0]), shared, stack, *rest)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
+        return stack.train, stack.opt_state, zeros
 
-    def step_or_skip(shared, member):
-        has_weight = jnp.any(member[-1]["weights"] > 0)
-        return jax.lax.cond(has_weight, step, skip, shared, member)
+    def in_turn(shared, member):
+        stack, key, size, count, batch = member
+        has_weight = jnp.any(batch["weights"] > 0)
+        branches = [skip, *(functools.partial(sized, s) for s in sizes)]
+        index = jnp.where(has_weight, 1 + size, 0)
+        return jax.lax.switch(index, branches, shared, stack, key, count, batch)
 
-    each = _each(step if vectorized else step_or_skip, vectorized)
+    def side_by_side(shared, member):
+        stack, key, _, count, batch = member
+        return step(shared, stack, key, count, batch)
 
-    def steps(train, opt_state, own, shared, keys, counts, batch):
-        return each(shared, (train, opt_state, own, keys, counts, batch))
+    each = _each(side_by_side if sizes is None else in_turn, vectorized=sizes is None)
+
+    def steps(train, opt_state, own, shared, keys, sizes, counts, batch):
+        return each(shared, (Stack(train, opt_state, own), keys, sizes, counts, batch))
 
     return jax.jit(steps, donate_argnums=(0, 1))
 
