@@ -259,18 +259,27 @@ def _finish(
     queue: Queue,
     watch: Watch,
 ) -> None:
-    """Evaluates runs that are over, writes their directories and frees their slots."""
+    """Evaluates runs that are over, writes their directories and frees their slots.
+
+    What was just evaluated is not again, and the test split is not for a run that was pruned.
+    """
     _read_all(state)
     train = state.stack.train
+    mask = np.zeros(program.slots, bool)
     if state.best is not None:
-        mask = np.zeros(program.slots, bool)
         for i, (slot, _) in ending.items():
-            mask[i] = slot.progress.best_step is not None
+            mask[i] = slot.progress.best_step not in (None, slot.progress.step)
         train = members.choose(mask, state.best, train)
+    known = {i: s.evaluation for i, (s, _) in ending.items() if s.evaluation and not mask[i]}
     parts = experiment.evaluated_parts(next(iter(ending.values()))[0].member.experiment)
-    found = {
-        part: evaluate_slots(program, train, state.stack.own, list(ending), part) for part in parts
-    }
+    found: dict[int, dict[str, Evaluation]] = {i: {} for i in ending}
+    for part in parts:
+        given = known if part == "validation" else {}
+        asked = [i for i, (_, end) in ending.items() if part == "validation" or end != PRUNED]
+        left = [i for i in asked if i not in given]
+        given = given | evaluate_slots(program, train, state.stack.own, left, part)
+        for i, evaluation in given.items():
+            found[i][part] = evaluation
     for i, (slot, outcome) in ending.items():
         _write_tally(slot)
         one = members.unpad(members.take(train, i), slot.member.experiment.train)
@@ -280,7 +289,7 @@ def _finish(
             one,
             outcome=outcome,
             progress=slot.progress,
-            evaluations={part: found[part][i] for part in parts},
+            evaluations=found[i],
         )
         slot.closing.close()
         queue.finish(slot.run, results)
