@@ -150,8 +150,9 @@ def inspect(values: Any, arguments: list[str]) -> None:
 
 def sweep(values: Any, arguments: list[str]) -> None:
     _no_arguments(arguments)
-    from lorax_ft.sweeps import load_sweep, train
+    from lorax_ft.sweeps import load_sweep, one_for_each_core, train
 
+    one_for_each_core()
     config_flag = values["config"]
     overrides = {**config_flag.override_values, "sweep": pathlib.Path(values.sweep).stem}
     directory = values.sweep_dir or default_run_dir(config_flag.config_filename, overrides)

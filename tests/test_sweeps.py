@@ -7,7 +7,7 @@ import pytest
 from lorax_ft import experiment, trees
 from lorax_ft.adapted import adapt, make_apply
 from lorax_ft.config import ExperimentConfig, parse
-from lorax_ft.sweeps import members
+from lorax_ft.sweeps import devices, members
 from lorax_ft.sweeps.groups import Run, group_runs
 from lorax_ft.sweeps.program import Batches, Program, load_source
 from lorax_ft.training import OBJECTIVES, make_train_step
@@ -100,7 +100,7 @@ def together(runs, steps=STEPS, *, vectorized=True):
     stack, keys, sizes = program.empty(), [], np.zeros(len(runs), np.int32)
     for i, run in enumerate(runs):
         member = program.start(run.config)
-        stack = members.put(stack, i, member.stack)
+        stack = program.put(stack, i, member.stack)
         keys.append(member.key)
         sizes[i] = member.size
     losses = []
@@ -180,10 +180,20 @@ def test_a_slot_without_a_batch_stays_as_it_is(folder, vectorized):
 def test_there_is_one_copy_of_the_base(plain):
     program, _, _ = plain
 
-    base = {id(array) for array in jax.tree.leaves(program.source.base.params)}
-    assert {id(array) for array in jax.tree.leaves(program.shared)} <= base
+    base = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(program.source.base.params)}
+    assert program.mesh.size == 3
+    for array in jax.tree.leaves(program.shared):
+        shards = {shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards}
+        assert len(shards) == 1
+        assert shards <= base
     own = [p for p in trees.flatten_arrays(program.shapes.own) if not p.startswith("pooler/")]
     assert {path.rsplit("/", 1)[1] for path in own} == {"scale", "rank"}
+
+
+def test_slots_are_parted_evenly_and_filled_by_turns():
+    assert [devices.mesh_of(slots).size for slots in (1, 6, 7, 8, 11, 24)] == [1, 6, 7, 8, 1, 8]
+    assert [devices.rounded(slots) for slots in (1, 7, 8, 9, 17)] == [1, 7, 8, 16, 24]
+    assert devices.in_turns(devices.mesh_of(16), 16) == [*range(0, 16, 2), *range(1, 16, 2)]
 
 
 def test_a_quantised_base_is_shared_and_a_decomposed_one_is_each_runs_own(folder):

@@ -1,5 +1,6 @@
 """Sweeps: many runs as one compiled program, with one copy of the base."""
 
+from lorax_ft.sweeps.devices import one_for_each_core
 from lorax_ft.sweeps.directory import Row, best, read_rows, restore
 from lorax_ft.sweeps.groups import Group, Run, group_runs
 from lorax_ft.sweeps.report import write_report
@@ -40,6 +41,7 @@ __all__ = [
     "log_uniform",
     "make_runs",
     "method",
+    "one_for_each_core",
     "product",
     "read_rows",
     "restore",

@@ -20,17 +20,18 @@ def evaluate_slots(
 ) -> dict[int, Evaluation]:
     """What a split says of the members in some slots, by slot.
 
-    Where half of the slots or more are asked for, one program computes all at once, and else a
-    smaller one each; both are compiled when first needed.
+    Side by side, where less than half of the slots are asked for, a smaller program computes one
+    after another; both are compiled when first needed.
     """
     if not slots:
         return {}
     dataset = program.source.dataset
     totals = {i: Totals(dataset.task, dataset.label_names) for i in slots}
     loader = program.group.first.data.loader
+    asked = np.isin(np.arange(program.slots), list(slots))
     for _, batch in evaluation_batches(dataset.part(part), loader, pad_id=dataset.pad_id):
-        if 2 * len(slots) >= program.slots:
-            found = jax.device_get(program.eval_every(train, own, program.shared, batch))
+        if not program.vectorized or 2 * len(slots) >= program.slots:
+            found = jax.device_get(program.eval_every(train, own, program.shared, asked, batch))
             for i in slots:
                 loss, weight, extras = jax.tree.map(lambda x: x[i], found)  # noqa: B023
                 totals[i].add(batch, loss, weight, extras)

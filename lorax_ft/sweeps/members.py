@@ -140,9 +140,9 @@ def unpad(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(lambda x, own: x[tuple(slice(size) for size in own.shape)], tree, like)
 
 
-def empty(like: PyTree, slots: int) -> PyTree:
+def empty(like: PyTree, slots: int, sharding: Any = None) -> PyTree:
     """Zeros of the shapes of `like`, with an axis of `slots` in front."""
-    return jax.tree.map(lambda x: jnp.zeros((slots, *x.shape), x.dtype), like)
+    return jax.tree.map(lambda x: jnp.zeros((slots, *x.shape), x.dtype, device=sharding), like)
 
 
 def stacked_shapes(like: PyTree, slots: int) -> PyTree:
@@ -150,28 +150,24 @@ def stacked_shapes(like: PyTree, slots: int) -> PyTree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((slots, *x.shape), x.dtype), like)
 
 
-def _put(stack: PyTree, index: jax.Array, member: PyTree) -> PyTree:
-    """The stack with a member in a slot; the stack's arrays are taken over."""
+def put(stack: PyTree, index: jax.Array, member: PyTree) -> PyTree:
+    """The stack with a member in a slot."""
     return jax.tree.map(lambda s, m: s.at[index].set(m), stack, member)
 
 
-def _take(stack: PyTree, index: jax.Array) -> PyTree:
+@jax.jit
+def take(stack: PyTree, index: jax.Array) -> PyTree:
     """The member in a slot."""
     return jax.tree.map(lambda s: s[index], stack)
 
 
-def _choose(mask: jax.Array, chosen: PyTree, otherwise: PyTree) -> PyTree:
+def choose(mask: jax.Array, chosen: PyTree, otherwise: PyTree) -> PyTree:
     """Stacks whose slots are those of one where `mask` [slots] holds, else of the other."""
 
-    def choose(a: jax.Array, b: jax.Array) -> jax.Array:
+    def either(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.where(mask.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
 
-    return jax.tree.map(choose, chosen, otherwise)
-
-
-put = jax.jit(_put, donate_argnums=0)
-take = jax.jit(_take)
-choose = jax.jit(_choose)
+    return jax.tree.map(either, chosen, otherwise)
 
 
 def _with_rates(params: PyTree) -> PyTree:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from lorax_ft.reports import bytes_text
+from lorax_ft.sweeps import devices
 from lorax_ft.sweeps.groups import Group
 from lorax_ft.sweeps.program import Batch, Batches, Program, Source, state_bytes
 
@@ -41,7 +42,7 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """All that the group takes of the device."""
+        """All that the group takes of its devices, whose memories each have the base."""
         return self.shared_bytes + self.slots * self.slot_bytes + self.temporary_bytes
 
     @property
@@ -57,18 +58,22 @@ def make_program(
     *,
     slots: int | None,
     memory: int,
+    begun: bool = False,
     vectorized: bool | None = None,
 ) -> tuple[Program, float]:
     """The group's program on as many slots as there is use and room for, and seconds of compiling.
 
-    `slots` limits them, and is what a group that was begun had; `memory` are the bytes to fit in;
+    `slots` limits them, and is what a group that was `begun` had; else they are as many more as its
+    devices share evenly. `memory` are the bytes to fit in, of each memory that the devices have;
     `vectorized` is as `SweepConfig` has it.
     Raises ValueError where there is no room for one.
     """
     most = min(waiting, MOST_SLOTS if slots is None else slots)
     compiled = 0.0
     while True:
-        program = Program(source, group, _even(waiting, most), vectorized=vectorized)
+        wanted = _even(waiting, most)
+        count = wanted if begun else devices.rounded(wanted)
+        program = Program(source, group, count, vectorized=vectorized)
         fits = _most_of(program, memory, 0)
         if fits < program.slots and slots is None:  # not even the arrays: no need to compile
             most = _at_least_one(fits, program, memory)
@@ -148,35 +153,40 @@ def _one_of_each_shape(program: Program) -> list[tuple[Batch, float]]:
 
 
 def _temporary(program: Program, batch: Batch) -> int:
+    """Of all devices together."""
     analysis = program.compiled(batch).memory_analysis()
-    return 0 if analysis is None else int(analysis.temp_size_in_bytes)
+    return 0 if analysis is None else program.mesh.size * int(analysis.temp_size_in_bytes)
 
 
 def _time(program: Program, batch: Batch) -> float:
-    """Seconds of a step, on slots without members; in turn, those of one slot for each size."""
+    """Seconds of a step, on slots without members; in turn, those of one a device for each size."""
     slots, keys = program.slots, np.stack([program.key_data] * program.slots)
     counts, stack, seconds = np.zeros(slots, np.int32), program.empty(), []
+    each = slots // program.mesh.size
     if not program.vectorized:
         weights = batch["weights"].copy()
-        weights[1:] = 0
+        weights[np.arange(slots) % each > 0] = 0
         batch = {**batch, "weights": weights}
     for size in range(len(program.sizes)):
         arguments = (keys, np.full(slots, size, np.int32), counts, batch)
-        stack, _ = jax.block_until_ready(program.train(stack, *arguments))
-        start = time.perf_counter()
-        stack, _ = jax.block_until_ready(program.train(stack, *arguments))
-        seconds.append(time.perf_counter() - start)
+        for _ in range(1 if seconds else 2):  # the first touches memory that the others then have
+            start = time.perf_counter()
+            stack, _ = jax.block_until_ready(program.train(stack, *arguments))
+            taken = time.perf_counter() - start
+        seconds.append(taken)
     if program.vectorized:
         return seconds[0]
-    return slots * sum(seconds[size] for size in program.run_sizes) / len(program.run_sizes)
+    return each * sum(seconds[size] for size in program.run_sizes) / len(program.run_sizes)
 
 
 def _most_of(program: Program, limit: int, temporary: int) -> int:
     """How many slots fit; what the step takes grows with those that it computes side by side."""
     shared, each = state_bytes(program)
+    memories = 1 if devices.share_memory(program.mesh) else program.mesh.size
+    free = memories * (limit - shared)
     if program.vectorized:
-        return int((limit - shared) / (each + temporary / program.slots))
-    return int((limit - shared - temporary) / each)
+        return int(free / (each + temporary / program.slots))
+    return int((free - temporary) / each)
 
 
 def _at_least_one(fits: int, program: Program, limit: int) -> int:

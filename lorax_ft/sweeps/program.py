@@ -18,7 +18,7 @@ from lorax_ft.config import ExperimentConfig
 from lorax_ft.data import Dataset, Tokenizer, TrainSteps
 from lorax_ft.experiment import Experiment, assemble, load_data, make_optimizer, training_key
 from lorax_ft.models import hub
-from lorax_ft.sweeps import members, step
+from lorax_ft.sweeps import devices, members, step
 from lorax_ft.sweeps.groups import Group
 from lorax_ft.sweeps.members import Stack
 from lorax_ft.training.flops import count_flops
@@ -82,15 +82,17 @@ class Member:
 class Program:
     """The steps of a group on so many slots; each shape of batch is compiled once, when asked for.
 
-    `shapes` are those of one member's `Stack`, as large as the largest run of the group. Members
-    are `vectorized` everywhere but on a CPU, which one member fills; where they are not, each step
-    is of one of the `sizes`, of which the last are `shapes`; `run_sizes` says which each run has.
+    `shapes` are those of one member's `Stack`, as large as the largest run of the group. The
+    slots are parted among the devices of `mesh`. Those of a device are `vectorized` everywhere but
+    on a CPU, which one member fills; where they are not, each step is of one of the `sizes`, of
+    which the last are `shapes`, and `run_sizes` says which each run has.
     """
 
     def __init__(self, source: Source, group: Group, slots: int, *, vectorized: bool | None = None):
         config = group.first
         self.vectorized = jax.default_backend() != "cpu" if vectorized is None else vectorized
         self.source, self.group, self.slots = source, group, slots
+        self.mesh = devices.mesh_of(slots)
         base, task = source.base, source.dataset.task
         self.tx = _optimizer(source, config)
         own = {
@@ -100,9 +102,9 @@ class Program:
             for run in _distinct(group)
         }
         self.shapes: Stack = members.largest(list(own.values()))
-        self.shared = members.part(
-            base, config, drops=group.drops, fingerprint=source.fingerprint(config)
-        ).shared
+        fingerprint = source.fingerprint(config)
+        halves = members.part(base, config, drops=group.drops, fingerprint=fingerprint)
+        self.shared = devices.replicate(halves.shared, self.mesh)
         apply, objective = make_apply(base.model), OBJECTIVES[task]
         self.sizes: tuple[Stack, ...] = (self.shapes,)
         if not self.vectorized and len(own) > 1:
@@ -116,10 +118,14 @@ class Program:
             self.tx,
             accumulation=config.train.accumulation,
             sizes=None if self.vectorized else self.sizes,
+            mesh=self.mesh,
         )
         self.eval_every, self.eval_one = step.make_eval_steps(
-            apply, objective, vectorized=self.vectorized
+            apply, objective, vectorized=self.vectorized, mesh=self.mesh
         )
+        kept = devices.split(self.mesh)
+        self._put = jax.jit(members.put, donate_argnums=0, out_shardings=kept)
+        self.choose = jax.jit(members.choose, out_shardings=kept)
         self._compiled: dict[Any, Any] = {}
 
     @property
@@ -169,7 +175,15 @@ class Program:
 
     def empty(self) -> Stack:
         """Slots without members."""
-        return members.empty(self.shapes, self.slots)
+        return members.empty(self.shapes, self.slots, devices.split(self.mesh))
+
+    def put(self, stack: PyTree, index: int, member: PyTree) -> PyTree:
+        """The stack, whose arrays are taken over, with a member in a slot."""
+        return self._put(stack, index, jax.device_put(member, devices.whole(self.mesh)))
+
+    def take(self, stack: PyTree, index: int) -> PyTree:
+        """The arrays of the member in a slot, on one device."""
+        return jax.tree.map(jnp.asarray, jax.device_get(members.take(stack, index)))
 
     def _abstract(self, batch: Batch) -> tuple[Any, ...]:
         stack = members.stacked_shapes(self.shapes, self.slots)

@@ -20,7 +20,7 @@ import numpy as np
 
 from lorax_ft import experiment, runs
 from lorax_ft.prediction import Evaluation
-from lorax_ft.sweeps import members
+from lorax_ft.sweeps import devices, members
 from lorax_ft.sweeps.directory import write_member
 from lorax_ft.sweeps.evaluation import evaluate_slots
 from lorax_ft.sweeps.groups import Run
@@ -227,7 +227,7 @@ def _evaluate(state: State, program: Program, stepped: list[Slot], per_epoch: in
         slot.progress = with_evaluation(slot.progress, found[i].metrics, slot.config)
         better[i] = slot.progress.best_step == slot.progress.step
     if state.best is not None and better.any():
-        state.best = members.choose(better, state.stack.train, state.best)
+        state.best = program.choose(better, state.stack.train, state.best)
 
 
 def _ending(
@@ -269,7 +269,7 @@ def _finish(
     if state.best is not None:
         for i, (slot, _) in ending.items():
             mask[i] = slot.progress.best_step not in (None, slot.progress.step)
-        train = members.choose(mask, state.best, train)
+        train = program.choose(mask, state.best, train)
     known = {i: s.evaluation for i, (s, _) in ending.items() if s.evaluation and not mask[i]}
     parts = experiment.evaluated_parts(next(iter(ending.values()))[0].member.experiment)
     found: dict[int, dict[str, Evaluation]] = {i: {} for i in ending}
@@ -282,7 +282,7 @@ def _finish(
             found[i][part] = evaluation
     for i, (slot, outcome) in ending.items():
         _write_tally(slot)
-        one = members.unpad(members.take(train, i), slot.member.experiment.train)
+        one = members.unpad(program.take(train, i), slot.member.experiment.train)
         results = experiment.finish(
             slot.member.experiment,
             slot.directory,
@@ -308,13 +308,13 @@ def _fill(
     writers: contextlib.ExitStack,
 ) -> None:
     """Gives free slots to runs that wait."""
-    for i in range(program.slots):
+    for i in devices.in_turns(program.mesh, program.slots):
         if i in state.slots:
             continue
         if (run := queue.next()) is None:
             return
         slot = _slot(program, run, directory, Progress(), writers)
-        state.stack = members.put(state.stack, i, slot.member.stack)
+        state.stack = program.put(state.stack, i, slot.member.stack)
         state.keys[i] = slot.member.key
         state.slots[i] = slot
 
@@ -381,7 +381,7 @@ def _restore(
     stack = program.empty()
     keeps_best = any(run.config.train.best_metric for run in program.group.runs)
     keys = np.zeros((program.slots, *program.key_data.shape), np.uint32)
-    best = members.empty(program.shapes.train, program.slots) if keeps_best else None
+    best = program.empty().train if keeps_best else None
     state = State(stack=stack, best=best, keys=keys, slots={})
     snapshot = checkpoints.restore(
         store, {"train": stack.train, "best": best}, stack.opt_state, set_aside=True
@@ -398,7 +398,7 @@ def _restore(
         queue.resumed(run)
         slot = _slot(program, run, directory, Progress(**saved["progress"]), writers)
         slot.collapsed = saved["collapsed"]
-        own = members.put(state.stack.own, i, slot.member.stack.own)
+        own = program.put(state.stack.own, i, slot.member.stack.own)
         state.stack = state.stack._replace(own=own)
         state.keys[i] = slot.member.key
         state.slots[i] = slot

@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from lorax_ft import trees
+from lorax_ft.sweeps.devices import spread
 from lorax_ft.sweeps.members import Stack, pad, unpad
 from lorax_ft.training import step as single
 from lorax_ft.training.objectives import Objective
@@ -26,6 +28,7 @@ def make_train_step(
     *,
     accumulation: int = 1,
     sizes: Sequence[Stack] | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[..., tuple[PyTree, PyTree, dict[str, Array]]]:
     """A jitted `step(train, opt_state, own, shared, keys, sizes, counts, batch)` of K members.
 
@@ -33,7 +36,7 @@ def make_train_step(
     `keys` [K, ...] the raw data of the members' PRNG keys, `sizes` [K] which of `sizes` each
     member has, `counts` [K] how many steps each has made, `batch` {name: [K, batch, ...]}. Returns
     (train, opt_state, metrics), each metric [K] as `training.step.train_step` has it. `train` and
-    `opt_state` are donated.
+    `opt_state` are donated. On a `mesh` of members each device computes its own.
 
     Without `sizes` members are computed side by side, all as large as the largest. Otherwise they
     are computed in turn, and a member is cut to the shapes of its size for its step: what pads it
@@ -41,6 +44,7 @@ def make_train_step(
     has weight zero stays as it is, which is how a slot waits; it costs nothing in turn.
     """
     one = single.train_step(apply, objective, tx, accumulation=accumulation)
+    of_sizes = tuple(sizes or ())
 
     @jax.jit  # so that it is traced once for each size, whoever asks for its shapes
     def step(shared, stack, key, count, batch):
@@ -54,14 +58,14 @@ def make_train_step(
 
     def skip(shared, stack, *rest):
         """The member as it is, and metrics that nobody reads."""
-        _, _, metrics = jax.eval_shape(functools.partial(sized, sizes[0]), shared, stack, *rest)
+        _, _, metrics = jax.eval_shape(functools.partial(sized, of_sizes[0]), shared, stack, *rest)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
         return stack.train, stack.opt_state, zeros
 
     def in_turn(shared, member):
         stack, key, size, count, batch = member
         has_weight = jnp.any(batch["weights"] > 0)
-        branches = [skip, *(functools.partial(sized, s) for s in sizes)]
+        branches = [skip, *(functools.partial(sized, s) for s in of_sizes)]
         index = jnp.where(has_weight, 1 + size, 0)
         return jax.lax.switch(index, branches, shared, stack, key, count, batch)
 
@@ -74,17 +78,21 @@ def make_train_step(
     def steps(train, opt_state, own, shared, keys, sizes, counts, batch):
         return each(shared, (Stack(train, opt_state, own), keys, sizes, counts, batch))
 
-    return jax.jit(steps, donate_argnums=(0, 1))
+    return spread(steps, mesh, common=(3,), donate=(0, 1))
 
 
 def make_eval_steps(
-    apply: single.Apply, objective: Objective, *, vectorized: bool = True
+    apply: single.Apply,
+    objective: Objective,
+    *,
+    vectorized: bool = True,
+    mesh: Mesh | None = None,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Jitted evaluation steps of all K members, and of the one in a slot.
 
-    `every(train, own, shared, batch)` gives (loss sums [K], weight sums [K], extras {name: [K,
-    ...]}) on one batch for all; `one(train, own, shared, index, batch)` the same of a single slot,
-    without the axis.
+    `every(train, own, shared, asked, batch)` gives (loss sums [K], weight sums [K], extras {name:
+    [K, ...]}) on one batch for all; in turn it passes over those that are not `asked` for, a bool
+    [K]. `one(train, own, shared, index, batch)` gives the same of a single slot, without the axis.
     """
     step = single.eval_step(apply, objective)
 
@@ -93,15 +101,24 @@ def make_eval_steps(
         train, own = halves
         return step(train, trees.combine(own, shared), batch)
 
-    each = _each(member, vectorized)
+    def if_asked(common, asked_halves):
+        asked, halves = asked_halves
+        found = jax.eval_shape(member, common, halves)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found)
+        return jax.lax.cond(asked, member, lambda *_: zeros, common, halves)
 
-    def every(train, own, shared, batch):
-        return each((shared, batch), (train, own))
+    def whoever(common, asked_halves):
+        return member(common, asked_halves[1])
+
+    each = _each(whoever if vectorized else if_asked, vectorized)
+
+    def every(train, own, shared, asked, batch):
+        return each((shared, batch), (asked, (train, own)))
 
     def one(train, own, shared, index, batch):
         return member((shared, batch), jax.tree.map(lambda x: x[index], (train, own)))
 
-    return jax.jit(every), jax.jit(one)
+    return spread(every, mesh, common=(2, 4)), jax.jit(one)
 
 
 def _each(function: Callable[[PyTree, PyTree], PyTree], vectorized: bool) -> Callable[..., PyTree]:

@@ -24,6 +24,7 @@ from lorax_ft.data import Dataset
 from lorax_ft.models.tensor_files import read_json
 from lorax_ft.prediction import Totals
 from lorax_ft.sweeps import planning
+from lorax_ft.sweeps.devices import one_for_each_core
 from lorax_ft.sweeps.directory import GROUPS, PLAN, RECORD, RUNS
 from lorax_ft.sweeps.groups import Group, group_runs
 from lorax_ft.sweeps.halving import Rungs
@@ -81,6 +82,7 @@ class Task:
                 "sweep's directory on storage that all of them share. Give such a --sweep_dir."
             )
         os.chdir(self.folder)
+        one_for_each_core(self.share)
         parts = [p for p in make_parts(self.config, self.sweep, self.directory) if p.name == name]
         return train_parts(parts, self.sweep, self.directory, share=self.share)
 
@@ -169,11 +171,13 @@ def prepare(
             continue
         source = _source(sources, group.first)
         check_evaluations(sweep, group, source.dataset)
+        begun = _slots_begun(directory / GROUPS / group.name)
         program, seconds = planning.make_program(
             source,
             group,
             part.count,
-            slots=_slots_begun(directory / GROUPS / group.name) or sweep.slots,
+            slots=begun or sweep.slots,
+            begun=begun is not None,
             memory=sweep.memory or int(share * planning.free_memory()),
             vectorized=sweep.vectorized,
         )
