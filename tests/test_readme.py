@@ -98,16 +98,17 @@ def test_every_config_is_one_that_the_program_takes(path, monkeypatch):
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if shlex.split(c)[1] == "sweep"])
-def test_a_sweep_command_makes_its_runs(command, monkeypatch):
-    from lorax_ft import sweeps
+def test_a_sweep_command_makes_its_runs(command, minilm, monkeypatch):
+    from lorax_ft import experiment, sweeps
 
     seen = []
+
+    def train(config, sweep, *_, **__):
+        seen.extend(sweeps.make_runs(config, sweep))
+        experiment.load_data(config)
+
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(
-        sweeps,
-        "train",
-        lambda config, sweep, *_, **__: seen.extend(sweeps.make_runs(config, sweep)),
-    )
+    monkeypatch.setattr(sweeps, "train", train)
 
     assert cli.main([*shlex.split(command), "--traceback"]) == 0
     assert len(sweeps.group_runs(seen)) > 1

@@ -285,7 +285,7 @@ BAD = [
     ([{}], {"metric": "test.f1", "halving": Halving()}, "halving prunes by the validation split"),
     ([{}], {"metric": "validation.acuracy"}, r"metric: the evaluation has no 'acuracy'.*accuracy"),
     ([{"train.best_metric": "f3"}], {}, r"000-best_metric=f3: config.train.best_metric: .* 'f3'"),
-    ([{"mesh.data": 2}], {}, "the members of a sweep share one device"),
+    ([{"mesh.data": 2}], {}, "a run of a sweep has one device"),
     ([{}], {"memory": 1000}, r"one run alone takes more than the 1000\.0 B there are"),
 ]
 

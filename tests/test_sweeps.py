@@ -7,7 +7,7 @@ import pytest
 from lorax_ft import experiment, trees
 from lorax_ft.adapted import adapt, make_apply
 from lorax_ft.config import ExperimentConfig, parse
-from lorax_ft.sweeps import devices, members
+from lorax_ft.sweeps import devices, members, planning
 from lorax_ft.sweeps.groups import Run, group_runs
 from lorax_ft.sweeps.program import Batches, Program, load_source
 from lorax_ft.training import OBJECTIVES, make_train_step
@@ -192,8 +192,20 @@ def test_there_is_one_copy_of_the_base(plain):
 
 def test_slots_are_parted_evenly_and_filled_by_turns():
     assert [devices.mesh_of(slots).size for slots in (1, 6, 7, 8, 11, 24)] == [1, 6, 7, 8, 1, 8]
-    assert [devices.rounded(slots) for slots in (1, 7, 8, 9, 17)] == [1, 7, 8, 16, 24]
+    assert [devices.rounded_up(slots) for slots in (1, 7, 8, 9, 17)] == [1, 7, 8, 16, 24]
+    assert [devices.rounded_down(slots) for slots in (1, 7, 8, 9, 17)] == [1, 7, 8, 8, 16]
     assert devices.in_turns(devices.mesh_of(16), 16) == [*range(0, 16, 2), *range(1, 16, 2)]
+
+
+def test_a_group_too_large_for_memory_has_as_many_slots_as_fit_and_fill_the_devices(
+    folder, monkeypatch
+):
+    (group,) = group_runs(runs_of(folder, [{"seed": seed} for seed in range(16)]))
+    monkeypatch.setattr(planning, "_most_of", lambda *_: 9)
+
+    program, _ = planning.make_program(load_source(group.first), group, 16, slots=None, memory=1)
+
+    assert program.slots == program.mesh.size == 8
 
 
 def test_a_quantised_base_is_shared_and_a_decomposed_one_is_each_runs_own(folder):

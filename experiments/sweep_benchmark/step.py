@@ -72,6 +72,7 @@ def together(source: Source, config: ExperimentConfig, slots: int) -> Callable[[
 
 def main(argv: list[str]) -> None:
     del argv
+    sweeps.one_for_each_core()  # as `lorax-ft sweep` does; a run alone uses all cores in any case
     config = parse(CONFIG, ExperimentConfig)
     source = load_source(config)
     steps = {"alone": (1, alone(source, config))}

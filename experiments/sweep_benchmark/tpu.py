@@ -74,7 +74,7 @@ def lower(slots: int, sharding: Any) -> Any:
 
     train, opt_state, own, shared = jax.eval_shape(halves, model.shapes())
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    count = jax.ShapeDtypeStruct((), jnp.int32)
+    count = jax.ShapeDtypeStruct((), jnp.int32)  # of steps; and as the number of a size
 
     def placed(tree: Any, *front: int) -> Any:
         return jax.tree.map(
@@ -83,7 +83,7 @@ def lower(slots: int, sharding: Any) -> Any:
 
     step = make_train_step(make_apply(model), OBJECTIVES["causal_lm"], tx)
     stacked = (placed(x, slots) for x in (train, opt_state, own))
-    rest = (placed(x, slots) for x in (key, count, batch))
+    rest = (placed(x, slots) for x in (key, count, count, batch))
     return step.lower(*stacked, placed(shared), *rest)
 
 

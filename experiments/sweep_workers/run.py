@@ -46,7 +46,9 @@ def main(arguments: list[str]) -> None:
     config, sweep = make_sweep(folder)
     start = time.perf_counter()
     spawn = multiprocessing.get_context("spawn")  # Ray forks, which JAX must not be there for
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        1, mp_context=spawn, initializer=sweeps.one_for_each_core
+    ) as pool:
         expected = table(pool.submit(sweeps.train, config, sweep, folder / "undisturbed").result())
     records = [
         {"way": "undisturbed", "kills": 0, "seconds": time.perf_counter() - start, "runs": 6}

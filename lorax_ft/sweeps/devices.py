@@ -24,11 +24,13 @@ AXIS = "members"
 def one_for_each_core(share: float = 1.0) -> None:
     """Has JAX make a device of each core that this process may use, or of a `share` of them.
 
-    For a program that trains a sweep and nothing else. Does nothing where JAX is in use already.
+    For a program that trains a sweep and nothing else. Does nothing where JAX is in use already, or
+    where XLA_FLAGS says how many devices a CPU is.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
     with contextlib.suppress(RuntimeError):  # its backend is there
-        jax.config.update("jax_num_cpu_devices", max(1, round((cores or 1) * share)))
+        jax.config.update("jax_num_cpu_devices", max(1, round(_cores() * share)))
 
 
 def mesh_of(slots: int) -> Mesh:
@@ -38,15 +40,21 @@ def mesh_of(slots: int) -> Mesh:
     return Mesh(np.array(devices[:count]), (AXIS,))
 
 
-def rounded(slots: int) -> int:
+def rounded_up(slots: int) -> int:
     """So many slots, or as few more as all devices share evenly."""
     count = min(slots, jax.local_device_count())
     return -(-slots // count) * count
 
 
-def share_memory(mesh: Mesh) -> bool:
-    """Whether the devices have one memory."""
-    return mesh.devices.flat[0].platform == "cpu"
+def rounded_down(slots: int) -> int:
+    """So many slots, or as few less as all devices share evenly; fewer than devices stay."""
+    count = min(slots, jax.local_device_count())
+    return slots // count * count
+
+
+def memories(mesh: Mesh) -> int:
+    """How many memories the devices have between them: those of a CPU have one."""
+    return 1 if _is_cpu(mesh) else mesh.size
 
 
 def in_turns(mesh: Mesh, slots: int) -> list[int]:
@@ -66,7 +74,7 @@ def whole(mesh: Mesh) -> NamedSharding:
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """The arrays on every device; where these have one memory, it holds them once."""
-    if not share_memory(mesh):
+    if not _is_cpu(mesh):
         return jax.device_put(tree, whole(mesh))
 
     def one(x: jax.Array) -> jax.Array:
@@ -111,6 +119,16 @@ def spread(
 
 def _options(mesh: Mesh) -> dict[str, Any] | None:
     """Where there is a device for every core, none of them is to use others."""
-    is_cpu = mesh.devices.flat[0].platform == "cpu"
-    is_full = mesh.size > 1 and mesh.size >= (os.cpu_count() or 1)
-    return {"xla_cpu_multi_thread_eigen": False} if is_cpu and is_full else None
+    is_full = mesh.size > 1 and mesh.size >= _cores()
+    return {"xla_cpu_multi_thread_eigen": False} if _is_cpu(mesh) and is_full else None
+
+
+def _is_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -93,7 +93,7 @@ def largest(members: Sequence[PyTree]) -> PyTree:
     )
 
 
-def sizes(members: Sequence[Stack], forward: float) -> tuple[Stack, ...]:
+def step_sizes(members: Sequence[Stack], forward: float) -> tuple[Stack, ...]:
     """Of these shapes those that a step is to be compiled for, from small to large.
 
     A size of its own is worth it where it spares a tenth of the next larger one's FLOPs. For each
@@ -155,7 +155,6 @@ def put(stack: PyTree, index: jax.Array, member: PyTree) -> PyTree:
     return jax.tree.map(lambda s, m: s.at[index].set(m), stack, member)
 
 
-@jax.jit
 def take(stack: PyTree, index: jax.Array) -> PyTree:
     """The member in a slot."""
     return jax.tree.map(lambda s: s[index], stack)

@@ -32,7 +32,7 @@ class Plan:
     runs: int  # to be trained
     slots: int
     compiles: int  # of the training step: one for each shape of batch
-    shared_bytes: int  # of the base
+    shared_bytes: int  # of the base, in every memory that has it
     slot_bytes: int  # of each slot: parameters, optimizer state, what is frozen and its own
     temporary_bytes: int  # of all slots' step, as the compiler found
     compile_seconds: float
@@ -42,7 +42,7 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """All that the group takes of its devices, whose memories each have the base."""
+        """All that the group takes of its devices."""
         return self.shared_bytes + self.slots * self.slot_bytes + self.temporary_bytes
 
     @property
@@ -72,7 +72,7 @@ def make_program(
     compiled = 0.0
     while True:
         wanted = _even(waiting, most)
-        count = wanted if begun else devices.rounded(wanted)
+        count = wanted if begun else devices.rounded_up(wanted)
         program = Program(source, group, count, vectorized=vectorized)
         fits = _most_of(program, memory, 0)
         if fits < program.slots and slots is None:  # not even the arrays: no need to compile
@@ -182,8 +182,7 @@ def _time(program: Program, batch: Batch) -> float:
 def _most_of(program: Program, limit: int, temporary: int) -> int:
     """How many slots fit; what the step takes grows with those that it computes side by side."""
     shared, each = state_bytes(program)
-    memories = 1 if devices.share_memory(program.mesh) else program.mesh.size
-    free = memories * (limit - shared)
+    free = devices.memories(program.mesh) * limit - shared
     if program.vectorized:
         return int(free / (each + temporary / program.slots))
     return int((free - temporary) / each)
@@ -198,7 +197,7 @@ def _at_least_one(fits: int, program: Program, limit: int) -> int:
             "step takes. Lower data.loader.batch_size, quantise the base, or raise "
             "SweepConfig.memory."
         )
-    return fits
+    return devices.rounded_down(fits)
 
 
 def _even(waiting: int, most: int) -> int:

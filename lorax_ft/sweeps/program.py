@@ -61,7 +61,7 @@ def load_source(config: ExperimentConfig) -> Source:
     """Reads the data and the model of a config. Raises as `experiment.prepare` does."""
     if config.mesh.data * config.mesh.fsdp * config.mesh.tensor != 1:
         raise ValueError(
-            f"config.mesh = {dataclasses.asdict(config.mesh)}: the members of a sweep share one "
+            f"config.mesh = {dataclasses.asdict(config.mesh)}: a run of a sweep has one "
             "device. Set data, fsdp and tensor to 1, or train the runs one by one."
         )
     tokenizer, dataset = load_data(config)
@@ -84,8 +84,8 @@ class Program:
 
     `shapes` are those of one member's `Stack`, as large as the largest run of the group. The
     slots are parted among the devices of `mesh`. Those of a device are `vectorized` everywhere but
-    on a CPU, which one member fills; where they are not, each step is of one of the `sizes`, of
-    which the last are `shapes`, and `run_sizes` says which each run has.
+    on the core of a CPU, which one member fills; where they are not, each step is of one of the
+    `sizes`, of which the last are `shapes`, and `run_sizes` says which each run has.
     """
 
     def __init__(self, source: Source, group: Group, slots: int, *, vectorized: bool | None = None):
@@ -109,7 +109,7 @@ class Program:
         self.sizes: tuple[Stack, ...] = (self.shapes,)
         if not self.vectorized and len(own) > 1:
             forward = _forward_flops(source, config)
-            self.sizes = members.sizes([*own.values(), self.shapes], forward)
+            self.sizes = members.step_sizes([*own.values(), self.shapes], forward)
         fits = {key: members.fitting(self.sizes, (x.train, x.own)) for key, x in own.items()}
         self.run_sizes = [fits[repr(run.config.methods)] for run in group.runs]
         self._train_step = step.make_train_step(
@@ -124,6 +124,7 @@ class Program:
             apply, objective, vectorized=self.vectorized, mesh=self.mesh
         )
         kept = devices.split(self.mesh)
+        self._take = jax.jit(members.take)
         self._put = jax.jit(members.put, donate_argnums=0, out_shardings=kept)
         self.choose = jax.jit(members.choose, out_shardings=kept)
         self._compiled: dict[Any, Any] = {}
@@ -183,7 +184,7 @@ class Program:
 
     def take(self, stack: PyTree, index: int) -> PyTree:
         """The arrays of the member in a slot, on one device."""
-        return jax.tree.map(jnp.asarray, jax.device_get(members.take(stack, index)))
+        return jax.tree.map(jnp.asarray, jax.device_get(self._take(stack, index)))
 
     def _abstract(self, batch: Batch) -> tuple[Any, ...]:
         stack = members.stacked_shapes(self.shapes, self.slots)
@@ -235,9 +236,11 @@ def order_seed(config: ExperimentConfig) -> int:
 
 
 def state_bytes(program: Program) -> tuple[int, int]:
-    """(bytes of what all members share, bytes of what each slot holds)."""
+    """(bytes of what all members share, in all memories, bytes of what each slot holds)."""
     shared = sum(trees.array_bytes(x) for x in jax.tree.leaves(program.shared))
-    return shared, sum(trees.array_bytes(x) for x in jax.tree.leaves(program.shapes))
+    return devices.memories(program.mesh) * shared, sum(
+        trees.array_bytes(x) for x in jax.tree.leaves(program.shapes)
+    )
 
 
 def _forward_flops(source: Source, config: ExperimentConfig) -> float:

@@ -70,7 +70,7 @@ class SweepConfig:
     search: Search | None = None  # proposes runs, each with the changes of every entry of `runs`
     metric: str = "validation.accuracy"  # a split's, by which runs are compared
     mode: str = "max"  # whether more of it ("max") or less of it ("min") is better
-    slots: int | None = None  # runs at a time (more, to be shared evenly); None: as memory has room
+    slots: int | None = None  # runs at a time, rounded up to fill the devices; None: all that fit
     memory: int | None = None  # bytes that a group may take; None: what the device has free
     vectorized: bool | None = None  # runs side by side or in turn; None: in turn on CPUs alone
     same_order: bool = False  # all runs see the base config's batches, whatever their seeds
