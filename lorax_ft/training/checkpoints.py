@@ -83,11 +83,12 @@ def open_store(
     directory = pathlib.Path(directory).absolute()
     if read_only and not directory.is_dir():
         raise ValueError(f"There are no checkpoints: {directory} does not exist.")
+    if not read_only:
+        _remove_unfinished(directory)
     scores: dict[int, float] = {}
     kept = policies.AnyPreservationPolicy([policies.LatestN(keep_last), _Best(scores, keep_best)])
     options = ocp.CheckpointManagerOptions(
         preservation_policy=kept,
-        cleanup_tmp_directories=not read_only,
         read_only=read_only,
         create=not read_only,
         lightweight_initialize=True,  # a damaged checkpoint must not keep the others from opening
@@ -343,6 +344,15 @@ def _difference(saved: str, given: str) -> str:
 def _first_line(error: Exception) -> str:
     """What went wrong, without the pages of detail that tensorstore adds."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _remove_unfinished(directory: pathlib.Path) -> None:
+    """Removes what a killed save left. By the time it returns, so that no later store meets it."""
+    import orbax.checkpoint as ocp
+
+    if jax.process_index() == 0:
+        for path in directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _set_aside(store: Store, step: int) -> None:
