@@ -21,16 +21,17 @@ PyTree = Any
 AXIS = "members"
 
 
-def one_for_each_core(share: float = 1.0) -> None:
-    """Has JAX make a device of each core that this process may use, or of a `share` of them.
+def one_for_each_core() -> None:
+    """Has JAX make a device of each core that this process may use.
 
     For a program that trains a sweep and nothing else. Does nothing where JAX is in use already, or
-    where XLA_FLAGS says how many devices a CPU is.
+    where XLA_FLAGS says how many devices a CPU is. Workers that share a machine do not divide its
+    cores: a program of more members a device is compiled otherwise, and rounds otherwise.
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     with contextlib.suppress(RuntimeError):  # its backend is there
-        jax.config.update("jax_num_cpu_devices", max(1, round(_cores() * share)))
+        jax.config.update("jax_num_cpu_devices", _cores())
 
 
 def mesh_of(slots: int) -> Mesh:
@@ -119,7 +120,7 @@ def spread(
 
 def _options(mesh: Mesh) -> dict[str, Any] | None:
     """Where there is a device for every core, none of them is to use others."""
-    is_full = mesh.size > 1 and mesh.size >= _cores()
+    is_full = mesh.size >= _cores()
     return {"xla_cpu_multi_thread_eigen": False} if _is_cpu(mesh) and is_full else None
 
 

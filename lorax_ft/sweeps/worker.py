@@ -82,7 +82,7 @@ class Task:
                 "sweep's directory on storage that all of them share. Give such a --sweep_dir."
             )
         os.chdir(self.folder)
-        one_for_each_core(self.share)
+        one_for_each_core()
         parts = [p for p in make_parts(self.config, self.sweep, self.directory) if p.name == name]
         return train_parts(parts, self.sweep, self.directory, share=self.share)
 
