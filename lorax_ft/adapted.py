@@ -138,8 +138,18 @@ def decomposes(config: ExperimentConfig) -> bool:
 
 def make_apply(model: Model) -> Callable[..., Any]:
     """`apply(params, inputs, key=None)` on params with leaves; the key is for all dropout."""
-    lifted = lift(model.apply)
+    return _with_key(lift(model.apply))
 
+
+def make_outputs(model: Model, mesh: jax.sharding.Mesh | None = None) -> Callable[..., Any]:
+    """As `make_apply`, but a language model's logits are `Logits`, of which objectives hold no more
+    at once than each device of the mesh may, by the model's `compute.logits_bytes`."""
+    devices = 1 if mesh is None else mesh.size
+    compute = dataclasses.replace(model.compute, logits_bytes=devices * model.compute.logits_bytes)
+    return _with_key(lift(dataclasses.replace(model, compute=compute).outputs))
+
+
+def _with_key(lifted: Callable[..., Any]) -> Callable[..., Any]:
     def apply(params: PyTree, inputs: Mapping[str, Any], key: jax.Array | None = None) -> Any:
         if key is None:
             return lifted(methods.set_dropout_key(params, None), inputs)

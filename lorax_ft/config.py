@@ -84,6 +84,11 @@ class ExperimentConfig:
                 "nothing would be trained: add a section for a method "
                 f"({', '.join(METHODS)}), such as --config.lora.rank=8."
             )
+        if (packed := self.data.packed_length) is not None and (self.prompt or self.p_tuning):
+            raise ValueError(
+                f"data.packed_length = {packed}: a prompt stands before each text, and packed rows "
+                "hold several. Set it to None, or train prefix instead of prompt and p_tuning."
+            )
 
     @property
     def methods(self) -> tuple[Any, ...]:

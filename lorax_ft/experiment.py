@@ -14,7 +14,7 @@ import jax
 import optax
 
 from lorax_ft import interop, methods, plots, prediction, reports, runs, training, trees
-from lorax_ft.adapted import DECOMPOSITIONS, Adapted, find_path, load_adapted, make_apply
+from lorax_ft.adapted import DECOMPOSITIONS, Adapted, find_path, load_adapted, make_outputs
 from lorax_ft.config import ExperimentConfig
 from lorax_ft.data import (
     Dataset,
@@ -83,7 +83,7 @@ def assemble(
         train=train,
         frozen=frozen,
         eval_step=training.make_eval_step(
-            make_apply(adapted.model), training.OBJECTIVES[dataset.task]
+            make_outputs(adapted.model, adapted.mesh), training.OBJECTIVES[dataset.task]
         ),
     )
 
@@ -230,7 +230,7 @@ def _fit(experiment: Experiment, directory: pathlib.Path) -> training.FitResult:
         opt_state = training.replicate(opt_state, adapted.mesh)
         shardings = (training.shardings_of(train), training.shardings_of(opt_state))
     step = training.make_train_step(
-        make_apply(adapted.model),
+        make_outputs(adapted.model, adapted.mesh),
         training.OBJECTIVES[dataset.task],
         tx,
         accumulation=config.train.accumulation,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax_ft import methods, prediction, runs, training, trees
-from lorax_ft.adapted import Adapted, find_path, load_adapted, make_apply
+from lorax_ft.adapted import Adapted, find_path, load_adapted, make_apply, make_outputs
 from lorax_ft.data import (
     Dataset,
     SequenceToSequence,
@@ -72,7 +72,8 @@ def evaluate(run_dir: str | pathlib.Path, part: str) -> prediction.Evaluation:
     finished = load_run(run_dir)
     adapted, task = finished.adapted, finished.record.task
     dataset = _dataset(finished)
-    step = training.make_eval_step(make_apply(adapted.model), training.OBJECTIVES[task])
+    outputs = make_outputs(adapted.model, adapted.mesh)
+    step = training.make_eval_step(outputs, training.OBJECTIVES[task])
     train, frozen = trees.partition(adapted.params, adapted.trainable)
     return prediction.evaluate(
         lambda batch: step(train, frozen, batch),

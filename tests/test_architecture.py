@@ -18,6 +18,8 @@ LAYERS = (
     "jaxprs",
     "lift",
     "inspection",
+    "products",
+    "logits",
     "quantization",
     "methods",
     "models",

@@ -10,7 +10,8 @@ import pytest
 from lorax_ft import models, trees
 from lorax_ft.inspection import inspect
 from lorax_ft.models.attention import attend, attend_fused
-from lorax_ft.models.layers import activate, einsum_float32, gelu, product
+from lorax_ft.models.layers import activate, gelu
+from lorax_ft.products import einsum_float32, product
 
 CONFIGS = {
     "bert": models.BertConfig(
@@ -81,6 +82,8 @@ def test_unrolled_layers_compute_what_stacked_ones_do(family):
         ("llama", True, "dots_without_batch"),
         ("llama", False, "full"),
         ("gemma2", True, "full"),
+        ("llama", True, "offload"),
+        ("gpt2", False, "offload_dots"),
     ],
 )
 def test_remat_changes_no_gradient_even_with_dropout(family, scan_layers, remat):

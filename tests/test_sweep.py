@@ -73,8 +73,8 @@ def traces():
 def swept(folder, traces):
     """A finished sweep of five runs in two slots."""
 
-    def make_apply(model):
-        apply = adapted.make_apply(model)
+    def make_outputs(model):
+        apply = adapted.make_outputs(model)
 
         def counted(params, inputs, key=None):
             traces.extend([] if key is None else [inputs["input_ids"].shape])
@@ -84,7 +84,7 @@ def swept(folder, traces):
 
     directory = folder / "swept"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "make_apply", make_apply)
+        patch.setattr(program, "make_outputs", make_outputs)
         rows = sweeps.train(config_of(folder), SweepConfig(runs=RUNS, slots=2), directory)
     return directory, rows
 

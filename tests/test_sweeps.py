@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lorax_ft import experiment, trees
-from lorax_ft.adapted import adapt, make_apply
+from lorax_ft.adapted import adapt, make_outputs
 from lorax_ft.config import ExperimentConfig, parse
 from lorax_ft.sweeps import devices, members, planning
 from lorax_ft.sweeps.groups import Run, group_runs
@@ -79,7 +79,7 @@ def alone(config, steps=STEPS):
     run = experiment.assemble(config, source.tokenizer, source.dataset, adapted)
     batches, total = Batches(source, config, 1), source.total_steps(config)
     tx = experiment.make_optimizer(config, total)
-    step = make_train_step(make_apply(run.adapted.model), OBJECTIVES[run.dataset.task], tx)
+    step = make_train_step(make_outputs(run.adapted.model), OBJECTIVES[run.dataset.task], tx)
     key, train, losses = experiment.training_key(config.seed), run.train, []
     opt_state = tx.init(train)
     for n in range(steps):

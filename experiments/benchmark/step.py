@@ -70,7 +70,7 @@ def make_step():
         learning_rate=1e-4, weight_decay=0.01, schedule="constant", clip_norm=None
     )
     tx = training.build_optimizer(optimizer, total_steps=1000)
-    apply = lift(model.apply)
+    apply = lift(model.outputs)
     step = training.make_train_step(
         lambda params, inputs, key: apply(params, inputs), training.OBJECTIVES[task], tx
     )

@@ -17,7 +17,7 @@ import numpy as np
 from absl import app, flags
 
 from lorax_ft import experiment, sweeps
-from lorax_ft.adapted import adapt, make_apply
+from lorax_ft.adapted import adapt, make_outputs
 from lorax_ft.config import ExperimentConfig, parse
 from lorax_ft.sweeps.program import Batches, Program, Source, load_source
 from lorax_ft.training import OBJECTIVES, make_train_step
@@ -41,7 +41,7 @@ def alone(source: Source, config: ExperimentConfig) -> Callable[[], None]:
     adapted = adapt(source.base, config)
     run = experiment.assemble(config, source.tokenizer, source.dataset, adapted)
     tx = experiment.make_optimizer(config, 1000)
-    step = make_train_step(make_apply(adapted.model), OBJECTIVES["sequence_classification"], tx)
+    step = make_train_step(make_outputs(adapted.model), OBJECTIVES["sequence_classification"], tx)
     batch, key = Batches(source, config, 1).get(config, 0), jax.random.key(0)
     state = [run.train, tx.init(run.train)]
 

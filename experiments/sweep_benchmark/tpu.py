@@ -30,7 +30,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from lorax_ft import inspection
-from lorax_ft.adapted import Base, make_apply
+from lorax_ft.adapted import Base, make_outputs
 from lorax_ft.config import ExperimentConfig, parse
 from lorax_ft.experiment import make_optimizer
 from lorax_ft.models import LlamaConfig, build
@@ -81,7 +81,7 @@ def lower(slots: int, sharding: Any) -> Any:
             lambda x: jax.ShapeDtypeStruct((*front, *x.shape), x.dtype, sharding=sharding), tree
         )
 
-    step = make_train_step(make_apply(model), OBJECTIVES["causal_lm"], tx)
+    step = make_train_step(make_outputs(model), OBJECTIVES["causal_lm"], tx)
     stacked = (placed(x, slots) for x in (train, opt_state, own))
     rest = (placed(x, slots) for x in (key, count, count, batch))
     return step.lower(*stacked, placed(shared), *rest)

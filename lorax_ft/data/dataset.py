@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from lorax_ft.data.loader import LoaderConfig
+from lorax_ft.data.packing import pack
 from lorax_ft.data.readers import SourceConfig
 from lorax_ft.data.splits import PARTS, SplitConfig, read_splits
 from lorax_ft.data.table import Table
@@ -36,8 +37,16 @@ class DataConfig:
     split: SplitConfig = SplitConfig()
     task: TaskConfig = TextClassification()
     loader: LoaderConfig = LoaderConfig()
+    packed_length: int | None = None
+    """Of rows, in tokens, that several examples share; it is then the last of `loader.buckets`.
+    None: each example has a row of its own."""
 
     def __post_init__(self):
+        if self.packed_length is not None:
+            self._check_packing(self.packed_length)
+            shorter = (bucket for bucket in self.loader.buckets if bucket < self.packed_length)
+            loader = dataclasses.replace(self.loader, buckets=(*shorter, self.packed_length))
+            object.__setattr__(self, "loader", loader)
         longest, needed = self.loader.buckets[-1], self.task.max_length
         if longest < needed:
             raise ValueError(
@@ -53,6 +62,18 @@ class DataConfig:
                 f"DataConfig: targets have up to {needed} tokens, and the longest bucket of "
                 f"loader.target_buckets is {longest}. Add {needed} to them, or lower "
                 "task.max_target_length."
+            )
+
+    def _check_packing(self, length: int) -> None:
+        if MODEL_TASKS[type(self.task)] != "causal_lm":
+            raise ValueError(
+                f"DataConfig.packed_length = {length}: examples of {self.task.kind} cannot share a "
+                "row, only texts whose next tokens are predicted. Set data.packed_length to None."
+            )
+        if length < self.task.max_length:
+            raise ValueError(
+                f"DataConfig.packed_length = {length}: examples have up to {self.task.max_length} "
+                "tokens. Raise data.packed_length to that, or lower task.max_length (or length)."
             )
 
 
@@ -90,16 +111,26 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
     texts, columns = list(config.task.texts.values()), config.task.columns
     tables, notes = read_splits(config.source, config.split, texts, columns)
     examples = make_examples(tables, config.task, tokenizer)
+    parts, packing = examples.parts, []
+    if config.packed_length is not None:
+        parts = {name: pack(rows, config.packed_length) for name, rows in parts.items()}
+        packing = [_packing_note(name, examples.parts[name], parts[name]) for name in parts]
     return Dataset(
         task=MODEL_TASKS[type(config.task)],
-        train=examples.parts["train"],
-        validation=examples.parts.get("validation", []),
-        test=examples.parts.get("test", []),
+        train=parts["train"],
+        validation=parts.get("validation", []),
+        test=parts.get("test", []),
         label_names=examples.label_names,
         pad_id=tokenizer.pad_id,
         tables=tables,
-        notes=(*notes, *examples.notes),
+        notes=(*notes, *examples.notes, *packing),
     )
+
+
+def _packing_note(part: str, examples: list[Example], rows: list[Example]) -> str:
+    longest = max(len(row["input_ids"]) for row in rows)
+    share = sum(len(row["input_ids"]) for row in rows) / (longest * len(rows))
+    return f"{len(examples):,} {part} examples fill {len(rows):,} rows, {share:.0%} of them tokens."
 
 
 def check_fits(
@@ -131,5 +162,6 @@ def check_fits(
             if positions is not None and len(ids) > positions:
                 raise ValueError(
                     f"{name} example {index} has {len(ids)} tokens, and the model's positions end "
-                    f"at {positions}: lower task.max_length (or length) to that."
+                    f"at {positions}: lower task.max_length (or length, or data.packed_length) to "
+                    "that."
                 )

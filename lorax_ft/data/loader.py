@@ -17,9 +17,10 @@ from lorax_ft.data.tasks import IGNORED, Example
 
 TARGETS = ("decoder_input_ids", "labels")  # of an encoder-decoder: as long as one another
 Batch = dict[str, np.ndarray]
-"""`input_ids`, `attention_mask` (and `token_type_ids`) [batch, length] int32; `labels` [batch] or
-[batch, length] int32; `weights` [batch] float32, 0 for a row that only fills the batch. Of sources
-and targets `decoder_input_ids` and `labels` are [batch, target length] int32."""
+"""`input_ids` and `attention_mask` [batch, length] int32, with them `token_type_ids`, or of packed
+examples `segment_ids` and `position_ids`; `labels` [batch] or [batch, length] int32; `weights`
+[batch] float32, 0 for a row that only fills the batch. Of sources and targets `decoder_input_ids`
+and `labels` are [batch, target length] int32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,7 @@ def make_batch(
     target_length = _target_length([examples[i] for i in plan.indices], target_buckets)
     chosen = [examples[i] for i in plan.indices[rows]]
     count, length = rows.stop - rows.start, plan.length
-    padding = {"token_type_ids": 0, "labels": IGNORED}
+    padding = {"labels": IGNORED, "token_type_ids": 0, "segment_ids": 0, "position_ids": 0}
     batch = {}
     for name, like in examples[0].items():  # scalars as [rows], vectors as [rows, length]
         long = length if name not in TARGETS or target_length is None else target_length

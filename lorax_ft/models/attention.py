@@ -20,9 +20,8 @@ from lorax_ft.models.layers import (
     Dense,
     RMSNorm,
     drop,
-    einsum_float32,
-    softcapped,
 )
+from lorax_ft.products import einsum_float32, softcapped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +87,7 @@ class Attention(nn.Module):
         past: tuple[Array, Array] | None = None,
         window: int | Array | None = None,
         bias: Array | None = None,
+        segments: Array | None = None,
     ) -> Array:
         """`[batch, length, d]` to the same.
 
@@ -99,6 +99,8 @@ class Attention(nn.Module):
                 are kept in a cache like others, so that only the first call gives them.
             window: how many keys a query sees, itself among them; all where None.
             bias: `[1 or batch, heads, length, keys]`, added to the products.
+            segments: `[batch, length]`, the number of the text that each place is of, which sees
+                that text alone and the `past`.
         """
         query, key, value = self._project(x)
         if self.norm_epsilon is not None:
@@ -113,6 +115,8 @@ class Attention(nn.Module):
             before = key.shape[1] - x.shape[1]
             key, value, start = self._keep(key, value, mask)
             first = start + before
+        if segments is not None:
+            mask, window = _within_segments(mask, segments, key.shape[1], window), None
         has_dropout = self.dropout_rate > 0 and self.has_rng("dropout")
         if self.compute.attention == "cudnn" and not has_dropout:
             if self.softcap is not None:
@@ -246,6 +250,26 @@ def _after(past: Array, present: Array) -> Array:
     past = past.astype(present.dtype).reshape(1, -1, heads, head_dim)
     past = jnp.broadcast_to(past, (batch, *past.shape[1:]))
     return jnp.concatenate([past, present], axis=1)
+
+
+def _within_segments(
+    mask: Array | None, segments: Array, keys: int, window: int | Array | None
+) -> Array:
+    """The mask `[batch, 1, 1, keys]` as `[batch, 1, length, keys]`: only what is of one segment is
+    seen, and the keys that stand before all segments, which stand right before each of them: both
+    within the window."""
+    before = keys - segments.shape[1]
+    places = jnp.broadcast_to(jnp.arange(segments.shape[1])[None], segments.shape)
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    places = before + places - lax.cummax(jnp.where(begins, places, 0), axis=1)
+    padding = ((0, 0), (before, 0))
+    of_keys = jnp.pad(segments, padding, constant_values=-1)[:, None, None, :]
+    seen = (segments[:, None, :, None] == of_keys) | (of_keys == -1)
+    if window is not None:
+        first = jnp.broadcast_to(jnp.arange(before)[None], (len(segments), before))
+        place_of_keys = jnp.concatenate([first, places], axis=1)[:, None, None, :]
+        seen &= places[:, None, :, None] - place_of_keys < window
+    return seen if mask is None else seen & mask
 
 
 def attend(

@@ -6,15 +6,17 @@ Encoder, classification of sequences and of tokens, masked words.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lorax_ft.logits import Logits
 from lorax_ft.models import hugging_face
 from lorax_ft.models.attention import Attention
 from lorax_ft.models.encoders import VARIANTS, Variant
+from lorax_ft.models.heads import tied
 from lorax_ft.models.layers import (
     ACTIVATIONS,
     Array,
@@ -24,6 +26,7 @@ from lorax_ft.models.layers import (
     LayerNorm,
     activate,
     dropout,
+    layer_input,
     run_layers,
 )
 from lorax_ft.models.virtual import Virtual, before, key_mask, positions
@@ -150,7 +153,7 @@ class Encoded(NamedTuple):
 
 
 class Bert(nn.Module):
-    """The whole model; what it returns is its task's: `Encoded`, or float32 logits."""
+    """The whole model; it returns its task's: `Logits`, float32 ones of classes, or `Encoded`."""
 
     config: BertConfig
     compute: ComputeConfig
@@ -164,7 +167,7 @@ class Bert(nn.Module):
         token_type_ids: Array | None = None,
         position_ids: Array | None = None,
         virtual: Virtual = Virtual(),
-    ) -> Array | Encoded:
+    ) -> Array | Logits | Encoded:
         """Inputs are integers `[batch, length]`; in the mask 1 is a token and 0 padding.
 
         A prompt is a part of the text: what pools the first position pools the prompt's. What is
@@ -177,7 +180,7 @@ class Bert(nn.Module):
         x = run_layers(BertLayer, config, compute, x, virtual.prefix, mask)
         first, x = x[:, 0], x[:, virtual.prompt_length :]
         if self.task == "masked_lm":
-            return BertLMHead(config, compute, name="lm_head")(x, embeddings.word.logits)
+            return BertLMHead(config, compute, name="lm_head")(x, embeddings.word)
         if self.task == "token_classification":
             return self._classify(x, config.token_dropout)
         if self.task == "sequence_classification" and config.variant.has_dense_classifier:
@@ -284,6 +287,7 @@ class BertLayer(nn.Module):
             stddev=config.initializer_range,
             name="attention",
         )
+        x = layer_input(x)
         y = dropout(self, attention(x, mask, past=past), config.hidden_dropout_prob)
         x = LayerNorm(config.layer_norm_eps, compute, name="attention_norm")(x + y)
         y = dropout(self, BertMLP(config, compute, name="mlp")(x), config.hidden_dropout_prob)
@@ -305,13 +309,13 @@ class BertMLP(nn.Module):
 
 
 class BertLMHead(nn.Module):
-    """A dense layer, then float32 logits by the table of word vectors and a bias for each word."""
+    """A dense layer, then logits by the table of word vectors and a bias for each word."""
 
     config: BertConfig
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, x: Array, decode: Callable[[Array], Array]) -> Array:
+    def __call__(self, x: Array, words: Embedding) -> Logits:
         config, compute = self.config, self.compute
         stddev = config.initializer_range
         x = Dense(config.hidden_size, compute, stddev=stddev, name="transform")(x)
@@ -319,4 +323,4 @@ class BertLMHead(nn.Module):
         x = LayerNorm(config.layer_norm_eps, compute, name="norm")(x)
         shape, dtype = (config.vocab_size,), jnp.dtype(compute.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, shape, dtype)
-        return decode(x) + bias.astype(jnp.float32)[None, None]
+        return dataclasses.replace(tied(words, x), bias=bias)

@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 
 from flax import linen as nn
 
+from lorax_ft.logits import Logits
 from lorax_ft.models import hugging_face
 from lorax_ft.models.attention import Attention
+from lorax_ft.models.heads import Head, tied
 from lorax_ft.models.layers import (
     ACTIVATIONS,
     Array,
@@ -20,11 +22,11 @@ from lorax_ft.models.layers import (
     activate,
     dropout,
     head,
-    last_place,
     last_token,
+    layer_input,
     run_layers,
 )
-from lorax_ft.models.virtual import Virtual, before, key_mask, positions
+from lorax_ft.models.virtual import Virtual, before, check_segments, key_mask, positions
 
 NAMES: hugging_face.Names = {
     "embeddings/word": "transformer.wte",
@@ -166,7 +168,7 @@ _HARMLESS = (
 
 
 class Gpt2(nn.Module):
-    """The whole model; it returns its task's float32 logits."""
+    """The whole model; it returns its task's: `Logits`, or float32 ones of classes."""
 
     config: Gpt2Config
     compute: ComputeConfig
@@ -178,24 +180,28 @@ class Gpt2(nn.Module):
         input_ids: Array,
         attention_mask: Array | None = None,
         position_ids: Array | None = None,
+        segment_ids: Array | None = None,
         virtual: Virtual = Virtual(),
-    ) -> Array:
-        """Inputs are integers `[batch, length]`; in the mask 1 is a token and 0 padding."""
+    ) -> Array | Logits:
+        """Inputs are integers `[batch, length]`; in the mask 1 is a token and 0 padding.
+
+        A token sees those of its own segment alone.
+        """
         config, compute = self.config, self.compute
         embeddings = Gpt2Embeddings(config, compute, name="embeddings")
         prompt, prefix = virtual.prompt_length, virtual.prefix_length
         position_ids = positions(input_ids, position_ids, prompt, prefix)
         mask = key_mask(attention_mask, prompt + prefix)
         x = embeddings(input_ids, position_ids, virtual.prompt)
-        x = run_layers(Gpt2Layer, config, compute, x, virtual.prefix, mask)
+        check_segments(segment_ids, virtual)
+        x = run_layers(Gpt2Layer, config, compute, x, virtual.prefix, mask, segment_ids)
         x = LayerNorm(config.layer_norm_eps, compute, name="norm")(x[:, prompt:])
         if self.task == "sequence_classification":
             x = last_token(x, input_ids, attention_mask, config.pad_token_id)
             return head(len(config.label_names), compute, config.initializer_range, "score")(x)
-        x = last_place(self, x)
         if config.tie_word_embeddings:
-            return embeddings.word.logits(x)
-        return head(config.vocab_size, compute, config.initializer_range, "lm_head")(x)
+            return tied(embeddings.word, x)
+        return Head(config.vocab_size, compute, config.initializer_range, name="lm_head")(x)
 
 
 class Gpt2Embeddings(nn.Module):
@@ -223,7 +229,11 @@ class Gpt2Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, past: tuple[Array, Array] | None, mask: Array | None
+        self,
+        x: Array,
+        past: tuple[Array, Array] | None,
+        mask: Array | None,
+        segments: Array | None,
     ) -> tuple[Array, None]:
         config, compute = self.config, self.compute
         attention = Attention(
@@ -237,8 +247,10 @@ class Gpt2Layer(nn.Module):
             stddev=config.initializer_range,
             name="attention",
         )
+        x = layer_input(x)
         norm = LayerNorm(config.layer_norm_eps, compute, name="attention_norm")
-        x = x + dropout(self, attention(norm(x), mask, past=past), config.residual_dropout)
+        y = attention(norm(x), mask, past=past, segments=segments)
+        x = x + dropout(self, y, config.residual_dropout)
         norm = LayerNorm(config.layer_norm_eps, compute, name="mlp_norm")
         y = Gpt2MLP(config, compute, name="mlp")(norm(x))
         return x + dropout(self, y, config.residual_dropout), None

@@ -8,7 +8,6 @@ stands for may then be replaced by anything that can do these two.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,16 +16,30 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from lorax_ft.products import product
 
 Array = jax.Array
 PyTree = Any
 
+LAYER_INPUT = "layer_input"  # what `layer_input` calls it
+
 # What the backward pass may keep of a layer instead of computing it again; None keeps everything.
-REMAT_POLICIES: Mapping[str, Callable[..., bool] | None] = {
+# With "full" that is the layer's input alone; "offload" keeps it in the host's memory, and
+# "offload_dots" what the products with kernels made, too.
+REMAT_POLICIES: Mapping[str, Callable[..., Any] | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.checkpoint_dots,
     "dots_without_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    "offload_dots": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
 # How attention is computed: by plain products, or by NVIDIA's fused kernel (half precision only).
@@ -42,8 +55,14 @@ class ComputeConfig:
     scan_layers: bool = True  # one compiled layer over stacked arrays, or each layer its own arrays
     remat: str = "none"  # a key of REMAT_POLICIES
     attention: str = "xla"  # one of ATTENTIONS
+    logits_bytes: int = 2**28  # of a vocabulary's logits that a device holds at once for a loss
 
     def __post_init__(self):
+        if self.logits_bytes < 1:
+            raise ValueError(
+                f"ComputeConfig.logits_bytes must be at least 1, got {self.logits_bytes}: raise it "
+                "to what a device may hold of them, such as 2**28."
+            )
         for field in ("dtype", "param_dtype"):
             name = getattr(self, field)
             if name not in ("float32", "bfloat16", "float16"):
@@ -90,7 +109,7 @@ def head(features: int, compute: ComputeConfig, stddev: float, name: str) -> Den
 
 
 class Embedding(nn.Module):
-    """A table of vectors, looked up by number or, as the head that is tied to it, multiplied by."""
+    """A table of vectors, looked up by number."""
 
     size: int
     features: int
@@ -108,54 +127,6 @@ class Embedding(nn.Module):
     def __call__(self, ids: Array) -> Array:
         """Ids `[...]` to vectors `[..., features]`; NaN where an id is beyond the table."""
         return jnp.take(self.embedding, ids, axis=0).astype(self.compute.dtype)
-
-    def logits(self, x: Array) -> Array:
-        """Float32 products with every vector: `[..., features]` to `[..., size]`."""
-        table = self.embedding.astype(self.compute.dtype)
-        return product(x.astype(self.compute.dtype), table.T, jnp.float32)
-
-
-def product(x: Array, kernel: Array, dtype: Any) -> Array:
-    """`x @ kernel` in `dtype`, which is that of `x` or float32: `[..., d_in]` by `[d_in, d_out]`.
-
-    Leading axes are flattened first: the kernel's gradient is then a plain matrix product, which
-    XLA:CPU computes half as fast again as one that contracts several axes.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    y = rows @ kernel if dtype == x.dtype else einsum_float32("nd,df->nf", rows, kernel)
-    return y.reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def einsum_float32(equation: str, x: Array, y: Array) -> Array:
-    """An einsum in float32 whose gradients are products in the dtype of `x` and `y`.
-
-    JAX's own gradient of it would multiply float32 by half precision, which no tensor core does.
-    """
-    if x.dtype == jnp.float32:
-        return jnp.einsum(equation, x, y)
-    return _widened_einsum(equation, x, y)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _widened_einsum(equation: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
-
-
-def _widened_einsum_forward(equation: str, x: Array, y: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _widened_einsum(equation, x, y), (x, y)
-
-
-def _widened_einsum_backward(
-    equation: str, operands: tuple[Array, Array], gradient: Array
-) -> tuple[Array, Array]:
-    x, y = operands
-    gradient = gradient.astype(x.dtype)
-    (of_x,) = jax.linear_transpose(lambda x: jnp.einsum(equation, x, y), x)(gradient)
-    (of_y,) = jax.linear_transpose(lambda y: jnp.einsum(equation, x, y), y)(gradient)
-    return of_x, of_y
-
-
-_widened_einsum.defvjp(_widened_einsum_forward, _widened_einsum_backward)
 
 
 # --- Norms, activations, dropout ------------------------------------------------------------------
@@ -225,11 +196,6 @@ def activate(x: Array, name: str) -> Array:
     return in_float32(x) if x.dtype == jnp.float32 else jax.checkpoint(in_float32)(x)
 
 
-def softcapped(x: Array, cap: float) -> Array:
-    """`cap * tanh(x / cap)`: near x where it is small, never beyond the cap."""
-    return cap * jnp.tanh(x / cap)
-
-
 def dropout(module: nn.Module, x: Array, rate: float) -> Array:
     """Zeroes each number with probability `rate`, where `module` has a key named "dropout"."""
     if rate == 0 or not module.has_rng("dropout"):
@@ -255,12 +221,6 @@ def last_token(x: Array, input_ids: Array, mask: Array | None, pad_token_id: int
         is_token &= input_ids != pad_token_id
     last = jnp.where(is_token, jnp.arange(input_ids.shape[1])[None], 0).max(axis=1)
     return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-
-
-def last_place(module: nn.Module, x: Array) -> Array:
-    """Of `[batch, length, d]` the last place alone where a cache is kept: `[batch, 1, d]`."""
-    is_decoding = module.is_mutable_collection("cache") and not module.is_initializing()
-    return x[:, -1:] if is_decoding else x
 
 
 def _row(vector: Array, ndim: int) -> Array:
@@ -303,6 +263,11 @@ def run_layers(
     by_layer = jax.tree.map(jnp.asarray, by_layer)
     x, _ = scanned(config, compute, name="layers")(x, by_layer, *inputs)
     return x
+
+
+def layer_input(x: Array) -> Array:
+    """`x`, by a name that a policy of `REMAT_POLICIES` may know; each layer begins with it."""
+    return checkpoint_name(x, LAYER_INPUT)
 
 
 def stack_layers(params: Mapping[str, PyTree]) -> dict[str, PyTree]:

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from lorax_ft.logits import Logits
 from lorax_ft.models import hugging_face
 from lorax_ft.models.attention import Attention, RotaryConfig, rotary_angles
 from lorax_ft.models.decoders import FULL, SLIDING, VARIANTS, Variant
+from lorax_ft.models.heads import Head, tied
 from lorax_ft.models.layers import (
     ACTIVATIONS,
     Array,
@@ -26,12 +28,11 @@ from lorax_ft.models.layers import (
     RMSNorm,
     activate,
     head,
-    last_place,
     last_token,
+    layer_input,
     run_layers,
-    softcapped,
 )
-from lorax_ft.models.virtual import Virtual, before, key_mask, positions
+from lorax_ft.models.virtual import Virtual, before, check_segments, key_mask, positions
 
 # Fields that only some families have, as their `Variant.fields` say.
 SPECIAL = (
@@ -277,7 +278,7 @@ def _write_rotary(rotary: RotaryConfig) -> dict[str, Any]:
 
 
 class Llama(nn.Module):
-    """The whole model; it returns its task's float32 logits."""
+    """The whole model; it returns its task's: `Logits`, or float32 ones of classes."""
 
     config: LlamaConfig
     compute: ComputeConfig
@@ -289,9 +290,13 @@ class Llama(nn.Module):
         input_ids: Array,
         attention_mask: Array | None = None,
         position_ids: Array | None = None,
+        segment_ids: Array | None = None,
         virtual: Virtual = Virtual(),
-    ) -> Array:
-        """Inputs are integers `[batch, length]`; in the mask 1 is a token and 0 padding."""
+    ) -> Array | Logits:
+        """Inputs are integers `[batch, length]`; in the mask 1 is a token and 0 padding.
+
+        A token sees those of its own segment alone.
+        """
         config, compute = self.config, self.compute
         stddev = config.initializer_range
         embeddings = LlamaEmbeddings(config, compute, name="embeddings")
@@ -300,18 +305,17 @@ class Llama(nn.Module):
         rotary = rotary_angles(position_ids, config.size_of_head, config.rotary)
         mask = key_mask(attention_mask, prompt + prefix)
         x, by_layer = embeddings(input_ids, virtual.prompt), (virtual.prefix, config.windows)
-        x = run_layers(LlamaLayer, config, compute, x, by_layer, mask, rotary)
+        check_segments(segment_ids, virtual)
+        x = run_layers(LlamaLayer, config, compute, x, by_layer, mask, rotary, segment_ids)
         x = _norm(config, compute, "norm")(x[:, prompt:])
         if self.task == "sequence_classification":
             x = last_token(x, input_ids, attention_mask, config.pad_token_id)
             return head(len(config.label_names), compute, stddev, "score")(x)
-        x = last_place(self, x)
         if config.tie_word_embeddings:
-            logits = embeddings.word.logits(x)
+            logits = tied(embeddings.word, x)
         else:
-            logits = head(config.vocab_size, compute, stddev, "lm_head")(x)
-        cap = config.final_logit_softcapping
-        return logits if cap is None else softcapped(logits, cap)
+            logits = Head(config.vocab_size, compute, stddev, name="lm_head")(x)
+        return dataclasses.replace(logits, softcap=config.final_logit_softcapping)
 
 
 def _norm(config: LlamaConfig, compute: ComputeConfig, name: str) -> RMSNorm:
@@ -350,9 +354,11 @@ class LlamaLayer(nn.Module):
         own: tuple[tuple[Array, Array] | None, Array | None],
         mask: Array | None,
         rotary: tuple[Array, Array],
+        segments: Array | None,
     ) -> tuple[Array, None]:
-        past, window = own
-        y = self._attention()(self._norm("attention_norm", x), mask, rotary, past, window)
+        x, (past, window) = layer_input(x), own
+        y = self._norm("attention_norm", x)
+        y = self._attention()(y, mask, rotary, past, window, segments=segments)
         x = x + self._output_norm("attention_output_norm", y)
         mlp = LlamaMLP(self.config, self.compute, name="mlp")
         y = mlp(self._norm("mlp_norm", x))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from lorax_ft.logits import Logits
 from lorax_ft.models import decoders, encoders, gpt2, hugging_face, t5_config
 from lorax_ft.models.bert import Bert, BertConfig
 from lorax_ft.models.gpt2 import Gpt2, Gpt2Config
@@ -28,8 +29,8 @@ ModelConfig = BertConfig | Gpt2Config | LlamaConfig | T5Config
 # beside it for the loss.
 INPUTS: Mapping[type, tuple[str, ...]] = {
     BertConfig: ("input_ids", "attention_mask", "token_type_ids", "position_ids"),
-    Gpt2Config: ("input_ids", "attention_mask", "position_ids"),
-    LlamaConfig: ("input_ids", "attention_mask", "position_ids"),
+    Gpt2Config: ("input_ids", "attention_mask", "position_ids", "segment_ids"),
+    LlamaConfig: ("input_ids", "attention_mask", "position_ids", "segment_ids"),
     T5Config: ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"),
 }
 TARGETS = ("labels", "weights", "loss_mask")
@@ -120,17 +121,25 @@ class Model:
     def apply(self, params: PyTree, inputs: Mapping[str, Array], key: Array | None = None) -> Any:
         """The task's output: float32 logits, or `Encoded` for the task "encoder".
 
+        Those of a language model, `[batch, length, vocabulary]`, are what `outputs` gives, dense.
+
         Args:
             params: as `init` gives them; a prompt or a prefix may be beside.
             inputs: `input_ids` `[batch, length]`, and where wanted `attention_mask` (1 for a
-                token), `position_ids`, `token_type_ids`; an encoder-decoder also needs
-                `decoder_input_ids` `[batch, target length]`, which `decoder_attention_mask` may go
-                with. Entries for the loss are left unread.
+                token), `position_ids`, `token_type_ids`, `segment_ids` (which text of a row a
+                token is of, that sees no other); an encoder-decoder also needs `decoder_input_ids`
+                `[batch, target length]`, which `decoder_attention_mask` may go with. Entries for
+                the loss are left unread.
             key: for dropout; without it there is none.
 
         Raises ValueError for an entry that is not known and for a sequence longer than the
         positions.
         """
+        found = self.outputs(params, inputs, key)
+        return found.dense() if isinstance(found, Logits) else found
+
+    def outputs(self, params: PyTree, inputs: Mapping[str, Array], key: Array | None = None) -> Any:
+        """As `apply`, but a language model's logits are `Logits`, which are not computed yet."""
         own, virtual = split_virtual(params)
         rngs = {} if key is None else {"dropout": key}
         arguments = self._arguments(inputs, virtual)
@@ -174,7 +183,8 @@ class Model:
             {"params": own}, *self._arguments(inputs, virtual), virtual=virtual, mutable=["cache"]
         )
         slots = jnp.pad(free, ((0, 0), (before, 0)), constant_values=True)
-        return logits[:, -1], Cache(held["cache"], slots, before + position[:, -1] + 1)
+        cache = Cache(held["cache"], slots, before + position[:, -1] + 1)
+        return logits.last().dense(), cache
 
     def _read_source(
         self, own: PyTree, virtual: Virtual, inputs: Mapping[str, Array], new_tokens: int
@@ -195,7 +205,7 @@ class Model:
         before = virtual.prompt_length + length_of(virtual.cross_prefix)
         source_slots = jnp.pad(mask, ((0, 0), (before, 0)), constant_values=True)
         cache = Cache(held["cache"], slots, jnp.ones(batch, jnp.int32), source_slots)
-        return logits[:, -1], cache
+        return logits.last().dense(), cache
 
     def decode(self, params: PyTree, ids: Array, cache: Cache) -> tuple[Array, Cache]:
         """Reads one more token of each text, `[batch]`: as `prefill`, behind what is kept."""
@@ -215,7 +225,7 @@ class Model:
             }
             logits, held = self.module.apply(variables, *self._arguments(inputs), mutable=["cache"])
         cache = dataclasses.replace(cache, layers=held["cache"], position=cache.position + 1)
-        return logits[:, -1], cache
+        return logits.last().dense(), cache
 
     def _arguments(
         self, inputs: Mapping[str, Array], virtual: Virtual = Virtual()

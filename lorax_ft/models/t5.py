@@ -11,8 +11,10 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lorax_ft.logits import Logits
 from lorax_ft.models.attention import Attention, CrossAttention
 from lorax_ft.models.bert import Encoded
+from lorax_ft.models.heads import Head, tied
 from lorax_ft.models.layers import (
     Array,
     ComputeConfig,
@@ -21,7 +23,7 @@ from lorax_ft.models.layers import (
     RMSNorm,
     activate,
     dropout,
-    head,
+    layer_input,
     run_layers,
 )
 from lorax_ft.models.relative_positions import PositionBias
@@ -46,7 +48,7 @@ def shift_right(labels: Array, start: int, padding: int) -> Array:
 
 
 class T5(nn.Module):
-    """The whole model; it returns its task's: float32 logits, or `Encoded`."""
+    """The whole model; it returns its task's: `Logits`, or `Encoded`."""
 
     config: T5Config
     compute: ComputeConfig
@@ -61,7 +63,7 @@ class T5(nn.Module):
         self.decoder = T5Decoder(config.decoder, compute)
         if not config.tie_word_embeddings:
             factor = config.initializer_factor
-            self.lm_head = head(config.vocab_size, compute, factor, "lm_head")
+            self.lm_head = Head(config.vocab_size, compute, factor)
 
     def __call__(
         self,
@@ -70,7 +72,7 @@ class T5(nn.Module):
         decoder_input_ids: Array | None = None,
         decoder_attention_mask: Array | None = None,
         virtual: Virtual = Virtual(),
-    ) -> Array | Encoded:
+    ) -> Logits | Encoded:
         """Logits `[batch, target length, vocabulary]` of each next token of the target.
 
         Inputs are integers, `[batch, length]` of the source and `[batch, target length]` of the
@@ -104,8 +106,8 @@ class T5(nn.Module):
         attention_mask: Array | None = None,
         decoder_attention_mask: Array | None = None,
         virtual: Virtual = Virtual(),
-    ) -> Array:
-        """Float32 logits `[batch, target length, vocabulary]` by what `encode` made.
+    ) -> Logits:
+        """Logits `[batch, target length, vocabulary]` by what `encode` made.
 
         Where the collection "cache" is mutable, the first call keeps keys and values in as many
         slots as `decoder_attention_mask` has, those of `memory` too; further ones read on with
@@ -120,7 +122,7 @@ class T5(nn.Module):
         if self.config.scale_decoder_outputs:
             x = x * jnp.asarray(self.config.hidden_size**-0.5, x.dtype)
         if self.config.tie_word_embeddings:
-            return self.embeddings.word.logits(x)
+            return tied(self.embeddings.word, x)
         return self.lm_head(x)
 
 
@@ -218,7 +220,7 @@ class T5EncoderLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, past: Past, mask: Array | None, bias: Array) -> tuple[Array, None]:
-        config, compute = self.config, self.compute
+        config, compute, x = self.config, self.compute, layer_input(x)
         y = _norm(config, compute, "attention_norm")(x)
         y = _attention(config, compute, is_causal=False)(y, mask, past=past, bias=bias)
         x = x + dropout(self, y, config.dropout_rate)
@@ -243,6 +245,7 @@ class T5DecoderLayer(nn.Module):
         memory_mask: Array | None,
     ) -> tuple[Array, None]:
         config, compute, (past, cross_past) = self.config, self.compute, own
+        x = layer_input(x)
         y = _norm(config, compute, "attention_norm")(x)
         y = _attention(config, compute, is_causal=True)(y, mask, past=past, bias=bias)
         x = x + dropout(self, y, config.dropout_rate)

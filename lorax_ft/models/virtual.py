@@ -97,6 +97,15 @@ def positions(
     return prefix + jnp.concatenate([first, position_ids + prompt], axis=1)
 
 
+def check_segments(segment_ids: Array | None, virtual: Virtual) -> None:
+    """Raises ValueError for texts that share a row behind one prompt."""
+    if segment_ids is not None and virtual.prompt is not None:
+        raise ValueError(
+            "segment_ids: a prompt stands before each text, and packed rows hold several. Train "
+            "prompts with data.packed_length = None."
+        )
+
+
 def key_mask(attention_mask: Array | None, virtual: int) -> Array | None:
     """The mask of keys `[batch, 1, 1, virtual + length]`; what stands first is always seen."""
     if attention_mask is None:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from lorax_ft import trees
-from lorax_ft.adapted import Base, load_base, make_apply, with_head
+from lorax_ft.adapted import Base, load_base, make_apply, make_outputs, with_head
 from lorax_ft.config import ExperimentConfig
 from lorax_ft.data import Dataset, Tokenizer, TrainSteps
 from lorax_ft.experiment import Experiment, assemble, load_data, make_optimizer, training_key
@@ -105,7 +105,7 @@ class Program:
         fingerprint = source.fingerprint(config)
         halves = members.part(base, config, drops=group.drops, fingerprint=fingerprint)
         self.shared = devices.replicate(halves.shared, self.mesh)
-        apply, objective = make_apply(base.model), OBJECTIVES[task]
+        apply, objective = make_outputs(base.model), OBJECTIVES[task]
         self.sizes: tuple[Stack, ...] = (self.shapes,)
         if not self.vectorized and len(own) > 1:
             forward = _forward_flops(source, config)

@@ -7,14 +7,17 @@ gives the loss of all of them together, whatever their token counts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+
+from lorax_ft.logits import Logits
+from lorax_ft.training.cross_entropy import cross_entropy
 
 Array = jax.Array
 Batch = Mapping[str, Array]
-Objective = Callable[[Array, Batch], tuple[Array, Array, dict[str, Array]]]
+Objective = Callable[[Any, Batch], tuple[Array, Array, dict[str, Array]]]
 
 IGNORED = -100  # a label that is not scored, as in Hugging Face's data
 
@@ -34,7 +37,7 @@ def classify_sequence(logits: Array, batch: Batch) -> tuple[Array, Array, dict[s
     return _cross_entropy(logits, batch["labels"], batch)
 
 
-def classify_tokens(logits: Array, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
+def classify_tokens(logits: Array | Logits, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
     """Cross-entropy at each token that has a label, of `[batch, length]` labels.
 
     Logits are `[batch, length, classes]`. Serves token classification, masked language models, and
@@ -44,7 +47,9 @@ def classify_tokens(logits: Array, batch: Batch) -> tuple[Array, Array, dict[str
     return _cross_entropy(logits, batch["labels"], batch)
 
 
-def predict_next_token(logits: Array, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
+def predict_next_token(
+    logits: Array | Logits, batch: Batch
+) -> tuple[Array, Array, dict[str, Array]]:
     """Cross-entropy of each next token: logits `[batch, length, vocabulary]`.
 
     Labels `[batch, length]` stand at their own tokens and are shifted here, so position i is scored
@@ -69,7 +74,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def _cross_entropy(
-    logits: Array, labels: Array, batch: Batch
+    logits: Array | Logits, labels: Array, batch: Batch
 ) -> tuple[Array, Array, dict[str, Array]]:
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
@@ -79,14 +84,9 @@ def _cross_entropy(
         )
     weights = _weights(labels, batch.get("weights"))
     targets = jnp.where(labels == IGNORED, 0, labels)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
-    predictions = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    loss_sum, predictions = cross_entropy(logits, targets, weights)
     correct = jnp.sum(weights * (predictions == targets).astype(jnp.float32))
-    return (
-        jnp.sum(weights * losses),
-        jnp.sum(weights),
-        {"predictions": predictions, "correct": correct},
-    )
+    return loss_sum, jnp.sum(weights), {"predictions": predictions, "correct": correct}
 
 
 def _weights(labels: Array, example_weights: Array | None) -> Array:
