@@ -3,9 +3,9 @@
     python experiments/sweep_benchmark/search.py --data=../shared/data --seeds=0,1,2
 
 MiniLM on TREC, LoRA at four ranks times eight learning rates. The grid trains all 32 runs to their
-end; the search begins the same 32, in an order that the seed shuffles, evaluates them sixteen times
-and after the first and the fourth lets the best quarter go on. Both choose by validation, and what
-they chose is compared on the test questions. Writes search.csv and search.md beside this file.
+end; the search begins the same 32, in an order that the seed shuffles, and after a sixteenth and a
+fourth of their steps evaluates them and lets the best quarter go on. Both choose by validation, and
+what they chose is compared on the test questions. Writes search.csv and search.md beside this file.
 """
 
 from __future__ import annotations
@@ -52,12 +52,11 @@ def run(way: str, seed: int, *more: str) -> dict[str, Any]:
     directory = pathlib.Path(_RUNS.value).absolute() / f"{way}-{seed}"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    halving = "Halving(first=1, factor=4)" if way == "search" else None
+    halving = f"Halving(first={_STEPS.value // 16}, factor=4)" if way == "search" else None
     ranks = [int(rank) for rank in _RANKS.value]
     file = directory / "sweep.py"
     file.write_text(SWEEP.format(ranks=ranks, rates=RATES, seed=seed, halving=halving))
-    every = _STEPS.value // 16 if way == "search" else 0
-    arguments = ["sweep", *trec_flags(_DATA.value, steps=_STEPS.value, eval_every=every)]
+    arguments = ["sweep", *trec_flags(_DATA.value, steps=_STEPS.value, eval_every=0)]
     arguments += [f"--sweep={file}", f"--sweep_dir={directory / 'sweep'}", *more]
     before = _processor_seconds()
     seconds = seconds_of(arguments, directory.parent / "cache")

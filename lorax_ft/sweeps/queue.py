@@ -25,6 +25,10 @@ class Queue(Protocol):
         """Takes a run out of those that wait: it goes on from a checkpoint."""
         ...
 
+    def asks(self, run: Run, step: int) -> bool:
+        """Whether the run is to be evaluated at this step, even if its config does not say so."""
+        ...
+
     def report(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
         """Takes in what a run's evaluation on the validation split found."""
         ...
@@ -66,6 +70,10 @@ class ListQueue:
 
     def resumed(self, run: Run) -> None:
         self._waiting = collections.deque(r for r in self._waiting if r.name != run.name)
+
+    def asks(self, run: Run, step: int) -> bool:
+        del run
+        return self._rungs is not None and self._rungs.has(step)
 
     def report(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
         if self._rungs is not None:

@@ -117,8 +117,9 @@ def train_group(
                 return "preempted"
             stepped = _tick(state, program, batches)
             clock = _share_time(state, clock)
-            _record(state, stepped, per_epoch)
-            _evaluate(state, program, stepped, per_epoch)
+            due = _due(stepped, program, queue, per_epoch)
+            _record(state, stepped, due)
+            _evaluate(state, program, due)
             watch.tick(state.slots)
             if ending := _ending(state, stepped, queue, watch):
                 _finish(state, program, ending, queue, watch)
@@ -178,19 +179,15 @@ def _share_time(state: State, clock: float) -> float:
     return now
 
 
-def _record(state: State, stepped: list[Slot], per_epoch: int) -> None:
-    """Writes what the steps since a slot's last record were like, where one is due."""
-    due = [slot for slot in stepped if _is_recorded(slot, per_epoch)]
-    if due:
+def _record(state: State, stepped: list[Slot], due: Mapping[str, bool]) -> None:
+    """Writes what the steps since a slot's last record were like, where it is evaluated or due."""
+    recorded = [
+        s for s in stepped if s.run.name in due or s.progress.step % s.config.log_every == 0
+    ]
+    if recorded:
         _read_all(state)
-    for slot in due:
+    for slot in recorded:
         _write_tally(slot)
-
-
-def _is_recorded(slot: Slot, per_epoch: int) -> bool:
-    step, config = slot.progress.step, slot.config
-    evaluates = is_due(config.eval_every, step, slot.total, per_epoch)
-    return evaluates or step % config.log_every == 0
 
 
 def _read_all(state: State) -> None:
@@ -208,24 +205,34 @@ def _write_tally(slot: Slot) -> None:
 # --- Evaluations and ends -------------------------------------------------------------------------
 
 
-def _evaluate(state: State, program: Program, stepped: list[Slot], per_epoch: int) -> None:
-    """Evaluates the slots that are due on the validation split, and keeps what is best."""
+def _due(stepped: list[Slot], program: Program, queue: Queue, per_epoch: int) -> dict[str, bool]:
+    """The runs to be evaluated on the validation split, and whether their configs say so."""
     if not program.source.dataset.validation:
-        return
-    due = {
-        i: slot
-        for i, slot in state.slots.items()
-        if slot in stepped
-        and is_due(slot.config.eval_every, slot.progress.step, slot.total, per_epoch)
-    }
-    found = evaluate_slots(program, state.stack.train, state.stack.own, list(due), "validation")
+        return {}
+    found = {}
+    for slot in stepped:
+        own = is_due(slot.config.eval_every, slot.progress.step, slot.total, per_epoch)
+        if own or queue.asks(slot.run, slot.progress.step):
+            found[slot.run.name] = own
+    return found
+
+
+def _evaluate(state: State, program: Program, due: Mapping[str, bool]) -> None:
+    """Evaluates the runs that are due, and keeps what is best.
+
+    An evaluation that only the queue asks for counts neither for the best nor for patience: a run
+    that goes on is the run that it would have been alone.
+    """
+    slots = {i: slot for i, slot in state.slots.items() if slot.run.name in due}
+    found = evaluate_slots(program, state.stack.train, state.stack.own, list(slots), "validation")
     better = np.zeros(program.slots, bool)
-    for i, slot in due.items():
+    for i, slot in slots.items():
         slot.evaluation = found[i]
-        slot.collapsed = slot.collapsed + 1 if found[i].warning else 0
         slot.write("eval", slot.progress.step, found[i].metrics)
-        slot.progress = with_evaluation(slot.progress, found[i].metrics, slot.config)
-        better[i] = slot.progress.best_step == slot.progress.step
+        if due[slot.run.name]:
+            slot.collapsed = slot.collapsed + 1 if found[i].warning else 0
+            slot.progress = with_evaluation(slot.progress, found[i].metrics, slot.config)
+            better[i] = slot.progress.best_step == slot.progress.step
     if state.best is not None and better.any():
         state.best = program.choose(better, state.stack.train, state.best)
 

@@ -19,12 +19,12 @@ from lorax_ft.sweeps.spaces import Distribution
 class Halving:
     """Successive halving: of the runs that came so far, the best go on.
 
-    At `first` evaluations, then at `factor` times as many, and so on, a run goes on if it is among
-    the best 1/`factor` of those that came there before it (Li et al. 2020, "A System for Massively
-    Parallel Hyperparameter Tuning": no run waits for another).
+    At step `first`, then at `factor` times as many, and so on, a run is evaluated, and goes on if
+    it is among the best 1/`factor` of those that came there before it (Li et al. 2020, "A System
+    for Massively Parallel Hyperparameter Tuning": no run waits for another).
     """
 
-    first: int = 1
+    first: int
     factor: int = 3
 
     def __post_init__(self):

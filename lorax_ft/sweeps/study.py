@@ -109,6 +109,10 @@ class StudyQueue:
     def resumed(self, run: Run) -> None:
         self._waiting = collections.deque(r for r in self._waiting if r.name != run.name)
 
+    def asks(self, run: Run, step: int) -> bool:
+        del run, step
+        return False
+
     def report(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
         trial, (part, _, name) = self._trials[run.name], self._metric
         if part == "validation":

@@ -39,7 +39,7 @@ def train(
     directory = pathlib.Path(sweep_dir).absolute()
     check_directory(directory, config, sweep)
     parts = worker.make_parts(config, sweep, directory)
-    _check_metric(sweep, [part.group for part in parts])
+    _check_metric(sweep)
     if only_plan:
         work = worker.prepare(parts, sweep, directory, only_plan=True)
         print(planning.plan_table([w.plan for w in work]) if work else "Every run is finished.")
@@ -103,17 +103,9 @@ def _check_data(sweep: SweepConfig, groups: Sequence[Group]) -> None:
         worker.check_evaluations(sweep, group, datasets[key])
 
 
-def _check_metric(sweep: SweepConfig, groups: Sequence[Group]) -> None:
+def _check_metric(sweep: SweepConfig) -> None:
     """Raises ValueError where runs are to be pruned by what they do not evaluate on the way."""
-    if sweep.halving is None:
-        return
-    if not sweep.metric.startswith("validation."):
+    if sweep.halving is not None and not sweep.metric.startswith("validation."):
         raise ValueError(
             f"SweepConfig.halving prunes by the validation split, but metric is {sweep.metric!r}."
         )
-    for group in groups:
-        if group.first.train.eval_every == 0:
-            raise ValueError(
-                "SweepConfig.halving needs evaluations on the way, but config.train.eval_every is "
-                "0. Set it to a number of steps, or to None for every epoch."
-            )
