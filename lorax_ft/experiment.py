@@ -225,9 +225,9 @@ def _fit(experiment: Experiment, directory: pathlib.Path) -> training.FitResult:
     )
     total_steps = config.train.total_steps(batches.steps_per_epoch)
     tx = make_optimizer(config, total_steps)
-    train, opt_state, shardings = experiment.train, tx.init(experiment.train), None
-    if adapted.mesh is not None:
-        opt_state = training.replicate(opt_state, adapted.mesh)
+    train, shardings = experiment.train, None
+    opt_state = training.start_optimizer(tx, train, adapted.mesh)
+    if adapted.mesh is not None or config.optimizer.paged:
         shardings = (training.shardings_of(train), training.shardings_of(opt_state))
     step = training.make_train_step(
         make_outputs(adapted.model, adapted.mesh),

@@ -288,7 +288,8 @@ BAD = [
     ),
     ([{}], {"metric": "validation.acuracy"}, r"metric: the evaluation has no 'acuracy'.*accuracy"),
     ([{"train.best_metric": "f3"}], {}, r"000-best_metric=f3: config.train.best_metric: .* 'f3'"),
-    ([{"mesh.data": 2}], {}, "a run of a sweep has one device"),
+    ([{}, {"mesh.data": 2}], {}, "a run of a sweep has one device"),
+    ([{}, {"optimizer.paged": True}], {}, "keep their optimizers' states on the device"),
     ([{}], {"memory": 1000}, r"one run alone takes more than the 1000\.0 B there are"),
 ]
 

@@ -36,19 +36,21 @@ def nearest_codes(values: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def dynamic_map() -> np.ndarray:
-    """bitsandbytes' signed 8-bit dynamic map, 256 ascending float32 values (Dettmers 2015).
+def dynamic_map(signed: bool = True) -> np.ndarray:
+    """bitsandbytes' 8-bit dynamic map, 256 ascending float32 values (Dettmers 2015).
 
-    A decimal exponent from 1e-6 to 1 and, the larger it is, the finer a linear fraction.
+    A decimal exponent from 1e-6 to 1 and, the larger it is, the finer a linear fraction; where no
+    bit is spent on a sign, the fraction has it.
     """
     positive = []
     for exponent in range(7):
-        edges = _linspace(2**exponent + 1)
+        edges = _linspace(2 ** (exponent + (not signed)) + 1)
         positive.append(
             np.float32(10 ** (exponent - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
         )
     values = np.concatenate(positive)
-    return np.sort(np.concatenate([-values, values, np.array([0, 1], np.float32)]))
+    negative = -values if signed else values[:0]
+    return np.sort(np.concatenate([negative, values, np.array([0, 1], np.float32)]))
 
 
 def nearest_dynamic_codes(values: np.ndarray) -> np.ndarray:

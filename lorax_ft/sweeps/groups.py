@@ -83,7 +83,8 @@ def structure(config: ExperimentConfig) -> str:
     free = set(VALUES)
     if config.adalora is None:  # whose budget is made for a length of training
         free |= set(LENGTHS)
-    if config.optimizer.name not in SIZE_DEPENDENT:
+    in_blocks = config.optimizer.state_dtype == "int8"  # in which tensors, depends on their sizes
+    if config.optimizer.name not in SIZE_DEPENDENT and not in_blocks:
         free |= set(SIZES)
     values = {key.removeprefix("config."): v for key, v in flat(to_dict(config)).items()}
     kept = {key: v for key, v in values.items() if not _is_among(key, free)}

@@ -57,13 +57,22 @@ class Source:
         return config.train.total_steps(self.steps_per_epoch(config))
 
 
-def load_source(config: ExperimentConfig) -> Source:
-    """Reads the data and the model of a config. Raises as `experiment.prepare` does."""
+def check_members(config: ExperimentConfig) -> None:
+    """Raises ValueError for what a run may have, but not a member of a sweep."""
     if config.mesh.data * config.mesh.fsdp * config.mesh.tensor != 1:
         raise ValueError(
             f"config.mesh = {dataclasses.asdict(config.mesh)}: a run of a sweep has one "
             "device. Set data, fsdp and tensor to 1, or train the runs one by one."
         )
+    if config.optimizer.paged:
+        raise ValueError(
+            "config.optimizer.paged = True: the members of a sweep keep their optimizers' states "
+            "on the device. Set it to False, or train the runs one by one."
+        )
+
+
+def load_source(config: ExperimentConfig) -> Source:
+    """Reads the data and the model of a config. Raises as `experiment.prepare` does."""
     tokenizer, dataset = load_data(config)
     base = load_base(config, dataset.task, dataset.label_names)
     return Source(base=base, tokenizer=tokenizer, dataset=dataset)

@@ -28,7 +28,7 @@ from lorax_ft.sweeps.devices import one_for_each_core
 from lorax_ft.sweeps.directory import GROUPS, PLAN, RECORD, RUNS
 from lorax_ft.sweeps.groups import Group, group_runs
 from lorax_ft.sweeps.halving import Rungs
-from lorax_ft.sweeps.program import Program, Source, load_source
+from lorax_ft.sweeps.program import Program, Source, check_members, load_source
 from lorax_ft.sweeps.queue import ListQueue, Queue
 from lorax_ft.sweeps.slots import Slot, Watch, train_group
 from lorax_ft.sweeps.specification import SweepConfig, make_runs
@@ -244,6 +244,7 @@ def _keep_best(best: list[Any], slot: Slot, sweep: SweepConfig) -> None:
 
 def _source(sources: dict[str, Source], config: ExperimentConfig) -> Source:
     """The model and data of a config, read once for all that have the same."""
+    check_members(config)
     values = to_dict(config)
     key = repr((values["model"], values["data"]["source"], values["data"]["split"],
                 values["data"]["task"], values["quantization"], decomposes(config)))  # fmt: skip

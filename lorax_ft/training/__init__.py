@@ -10,6 +10,7 @@ from lorax_ft.training.optimizers import (
     trainable_labels,
     trainable_only,
 )
+from lorax_ft.training.paging import PagedOptimizer, start_optimizer
 from lorax_ft.training.progress import Progress, TrainConfig
 from lorax_ft.training.sharding import (
     RULES,
@@ -34,6 +35,7 @@ __all__ = [
     "MeshConfig",
     "Objective",
     "OptimizerConfig",
+    "PagedOptimizer",
     "Progress",
     "Rule",
     "Snapshot",
@@ -51,6 +53,7 @@ __all__ = [
     "shard_batch",
     "shardings",
     "shardings_of",
+    "start_optimizer",
     "trainable_labels",
     "trainable_only",
 ]

@@ -16,6 +16,7 @@ from lorax_ft.methods.adalora import (
     orthogonality,
     start_allocation,
 )
+from lorax_ft.training.paging import PagedOptimizer
 
 
 class AllocationState(NamedTuple):
@@ -35,9 +36,14 @@ def allocate_budget(
     loss that is reported is without it. After it the scores are brought up to date, and where an
     allocation is due the singular values that lose their place are set to zero. Updates count from
     1: the last allocation of a run without `final_steps` is that after its last update. Raises
-    ValueError where `total_steps` leave the budget no step to fall in; `init` where there is no
-    AdaLoRA leaf; `update` where it is not given the parameters.
+    ValueError where `tx` is paged and where `total_steps` leave the budget no step to fall in;
+    `init` where there is no AdaLoRA leaf; `update` where it is not given the parameters.
     """
+    if isinstance(tx, PagedOptimizer):
+        raise ValueError(
+            "AdaLoRA looks at all of an update to deal its budget out, and a paged optimizer makes "
+            "it page by page. Set optimizer.paged=False."
+        )
     budget_schedule(
         config, config.rank, total_steps
     )  # raises now what would else at the first step

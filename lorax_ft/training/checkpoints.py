@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import functools
 import json
 import logging
 import math
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_ft import trees
+from lorax_ft.training.paging import for_pages, is_split, page_rows
 
 PyTree = Any
 
@@ -294,21 +296,39 @@ def _read(store: Store, step: int, record, arrays, train: PyTree, opt_state: PyT
 def checksum(arrays: dict[str, jax.Array]) -> int:
     """A number of 32 bits that any changed, moved or swapped bits of the arrays change.
 
-    Computed where the arrays are, in integers, so it does not depend on how they are sharded.
+    Computed in integers, so it does not depend on how they are sharded, and on the devices; arrays
+    in the host's memory come there page by page.
     """
-    sums = _checksums(arrays)
+    split = frozenset(path for path, array in arrays.items() if is_split(array.sharding))
+    sums = _checksums(arrays, split)
     total = 0
     for path in sorted(sums):
         total = (total * 31 + int(sums[path])) % 2**32
     return total
 
 
-@jax.jit
-def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return jax.tree.map(_array_checksum, arrays)
+@functools.partial(jax.jit, static_argnums=1)
+def _checksums(arrays: dict[str, jax.Array], split: frozenset[str]) -> dict[str, jax.Array]:
+    return {path: _array_checksum(array, path in split) for path, array in arrays.items()}
 
 
-def _array_checksum(array: jax.Array) -> jax.Array:
+def _array_checksum(array: jax.Array, is_split: bool) -> jax.Array:
+    if jax.typeof(array).memory_space != jax.memory.Space.Host:
+        return _weighted_sum(array, 0)
+    if is_split or not array.ndim:
+        return _weighted_sum(jax.device_put(array, jax.memory.Space.Device), 0)
+
+    def add(first: Any, rows: int, total: jax.Array) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(array, first, rows, axis=0)
+        part = jax.device_put(part, jax.memory.Space.Device)
+        return total + _weighted_sum(part, first)
+
+    rows = page_rows(array.shape)
+    return for_pages(array.shape[0], rows, add, jnp.zeros((), jnp.uint32))
+
+
+def _weighted_sum(array: jax.Array, first: Any) -> jax.Array:
+    """The sum of an array's bits, each times the weight of its place; `first` is its first row."""
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.uint8)
     width = min(array.dtype.itemsize, 4)  # 64-bit values become pairs of 32 bits
@@ -318,6 +338,8 @@ def _array_checksum(array: jax.Array) -> jax.Array:
         range(bits.ndim), (2654435761, 2246822519, 3266489917, 668265263, 374761393)
     ):
         index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        if axis == 0:
+            index = index + jnp.asarray(first, jnp.uint32)
         weight = (weight + index) * jnp.uint32(prime)
     return jnp.sum(bits * (weight | jnp.uint32(1)), dtype=jnp.uint32)
 

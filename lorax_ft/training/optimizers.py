@@ -13,6 +13,9 @@ import optax
 
 from lorax_ft import trees
 from lorax_ft.leaves import is_leaf
+from lorax_ft.training.blockwise import in_eight_bits
+from lorax_ft.training.clipping import clip_by_norm
+from lorax_ft.training.paging import page
 
 PyTree = Any
 
@@ -35,10 +38,21 @@ class OptimizerConfig:
     b2: float = 0.999  # adamw, lion (Lion's paper wants 0.99)
     eps: float = 1e-8  # adamw
     lora_plus_ratio: float | None = None  # LoRA's B learns this many times faster than A
+    # What adamw, lion and sgd remember of each number: in the parameter's own dtype, or in eight
+    # bits ("int8") as bitsandbytes has them, see `blockwise`.
+    state_dtype: str = "parameter"
+    paged: bool = False  # keep that in the host's memory, and on the device one layer's of it
 
     def __post_init__(self):
         _check_choice("name", self.name, _SCALINGS)
         _check_choice("schedule", self.schedule, _SHAPES)
+        _check_choice("state_dtype", self.state_dtype, _STATE_DTYPES)
+        if self.state_dtype != "parameter" and self.name not in _ROWWISE:
+            raise ValueError(
+                f"OptimizerConfig: {self.name} keeps a row and a column of each kernel, so "
+                f"state_dtype={self.state_dtype!r} is not for it. Set "
+                f'state_dtype="parameter", or another name of {sorted(_ROWWISE)}.'
+            )
         for field in ("learning_rate", "weight_decay"):
             _check(getattr(self, field) >= 0, field, getattr(self, field), "at least 0")
         for field in ("clip_norm", "lora_plus_ratio"):
@@ -77,13 +91,14 @@ class NumberState(NamedTuple):
     value: jax.Array
 
 
-def build_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+def build_optimizer(config: OptimizerConfig, total_steps: int) -> Any:
     """The optax transformation of a config, for a run of `total_steps` updates.
 
     In order: clipping by global norm, the optimizer's own scaling, weight decay, LoRA+'s ratio, the
-    learning rate. Its `init` raises ValueError where a pattern of `no_decay` matches nothing, and
-    where `lora_plus_ratio` is set but the parameters hold no LoRA leaf; its `update` needs the
-    parameters.
+    learning rate. With `paged` it is a `PagedOptimizer` of the same numbers, for `start_optimizer`
+    and `make_train_step`. Its `init` raises ValueError where a pattern of `no_decay` matches
+    nothing, and where `lora_plus_ratio` is set but the parameters hold no LoRA leaf; its `update`
+    needs the parameters.
 
     `init` writes the learning rate, warm-up, `total_steps`, weight decay, norm and ratio into the
     state, and `update` reads them there: any optimizer of the same `name`, `schedule`, `no_decay`,
@@ -95,14 +110,15 @@ def build_optimizer(config: OptimizerConfig, total_steps: int) -> optax.Gradient
     >>> f"{updates['kernel'][0]:.3f} {learning_rate(state):.2f}"
     '-0.100 0.50'
     """
-    parts = [_in_standard_promotion(_SCALINGS[config.name](config))]
-    if config.clip_norm is not None:
-        parts.insert(0, _by_number(config.clip_norm, _clip))
-    parts.append(_add_decay(config))
+    scaling = _in_standard_promotion(_SCALINGS[config.name](config))
+    each = [_STATE_DTYPES[config.state_dtype](scaling), _add_decay(config)]
     if config.lora_plus_ratio is not None:
-        parts.append(_scale_lora_b(config.lora_plus_ratio))
-    parts.append(_scale_by_learning_rate(config, total_steps))
-    return optax.chain(*parts)
+        each.append(_scale_lora_b(config.lora_plus_ratio))
+    each.append(_scale_by_learning_rate(config, total_steps))
+    if config.paged:
+        return page(each, rowwise=config.name in _ROWWISE, clip_norm=config.clip_norm)
+    clip = [] if config.clip_norm is None else [clip_by_norm(config.clip_norm)]
+    return optax.chain(*clip, *each)
 
 
 def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -217,19 +233,6 @@ def _by_number(
     )
 
 
-def _clip(largest: jax.Array, updates: PyTree, params: PyTree) -> PyTree:
-    """Updates of a global norm of at most `largest`, as `optax.clip_by_global_norm`."""
-    del params
-    with jax.numpy_dtype_promotion("standard"):
-        norm = optax.tree.norm(updates)
-
-    def clip(update):
-        clipped = update / norm.astype(update.dtype) * largest.astype(update.dtype)
-        return jnp.where(norm < largest.astype(norm.dtype), update, clipped)
-
-    return jax.tree.map(clip, updates)
-
-
 def _add_decay(config: OptimizerConfig) -> optax.GradientTransformation:
     """Adds weight decay × parameter, for the arrays that `no_decay` does not name."""
 
@@ -299,6 +302,30 @@ def _lora_b(parameter: Any, path: tuple[Any, ...]) -> bool:
     return is_leaf(parameter) and trees.path_name(path[-1:]) == "b"
 
 
+def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    """`optax.scale_by_adam`, but its bias is corrected by factors, where optax divides by scalars.
+
+    XLA makes such a division a product or not by what else is in the program, and a paged step
+    would differ from an unpaged one in the last bit.
+    """
+    b1, b2 = config.b1, config.b2
+
+    def update(updates, state, params=None):
+        del params
+        count = optax.safe_increment(state.count)
+        mu = jax.tree.map(lambda g, m: (1 - b1) * g + b1 * m, updates, state.mu)
+        nu = jax.tree.map(lambda g, v: (1 - b2) * g**2 + b2 * v, updates, state.nu)
+        first, second = 1 / (1 - b1**count), 1 / (1 - b2**count)
+
+        def direction(m, v):
+            root = jnp.sqrt(v * second.astype(v.dtype))
+            return m * first.astype(m.dtype) / (root + config.eps)
+
+        return jax.tree.map(direction, mu, nu), optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+
+    return optax.GradientTransformation(optax.scale_by_adam().init, update)
+
+
 def _scale_by_sgd(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.trace(decay=config.b1) if config.b1 else optax.identity()
 
@@ -313,11 +340,15 @@ def _scale_by_adafactor(config: OptimizerConfig) -> optax.GradientTransformation
 
 
 _SCALINGS = {
-    "adamw": lambda c: optax.scale_by_adam(b1=c.b1, b2=c.b2, eps=c.eps),
+    "adamw": _scale_by_adam,
     "sgd": _scale_by_sgd,
     "adafactor": _scale_by_adafactor,
     "lion": lambda c: optax.scale_by_lion(b1=c.b1, b2=c.b2),
 }
+
+_ROWWISE = ("adamw", "lion", "sgd")  # have a state of each number, and treat it by itself
+
+_STATE_DTYPES = {"parameter": lambda scaling: scaling, "int8": in_eight_bits}
 
 _SHAPES: dict[str, Callable[[jax.Array], jax.Array]] = {  # of the share of the fall that is done
     "constant": jnp.ones_like,

@@ -133,7 +133,7 @@ def shardings(params: PyTree, mesh: Mesh, rules: Sequence[Rule] = RULES) -> PyTr
             return NamedSharding(mesh, spec)
         specs = parameter.partition_specs(spec)
         return jax.tree.map(
-            lambda s, array: NamedSharding(mesh, _even(s, array.shape, mesh)),
+            lambda s, array: NamedSharding(mesh, even(s, array.shape, mesh)),
             specs,
             parameter,
             is_leaf=lambda x: isinstance(x, PartitionSpec),
@@ -209,17 +209,17 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[Rule]) 
     if len(rule.spec) > len(shape):
         raise ValueError(f"{path} {list(shape)} has fewer axes than the spec of {rule}.")
     spec = PartitionSpec(*(None,) * (len(shape) - len(rule.spec)), *rule.spec)
-    even = _even(spec, shape, mesh)
-    if even != spec and rule.uneven == "raise":
+    divided = even(spec, shape, mesh)
+    if divided != spec and rule.uneven == "raise":
         raise ValueError(
             f"{path} {list(shape)} cannot be split by {rule.spec} over a mesh of "
             f"{dict(mesh.shape)}: an axis "
             "does not divide. Choose another mesh, or put a Rule with uneven='replicate' in front."
         )
-    return even
+    return divided
 
 
-def _even(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def even(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """The spec without the axes that do not divide."""
 
     def parts(names: Any) -> int:

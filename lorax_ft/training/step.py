@@ -16,6 +16,7 @@ import optax
 from lorax_ft import trees
 from lorax_ft.training import optimizers
 from lorax_ft.training.objectives import Batch, Objective
+from lorax_ft.training.paging import PagedOptimizer, lying_as, update_where
 
 Array = jax.Array
 PyTree = Any
@@ -29,16 +30,23 @@ NOT_INPUTS = ("labels", "weights")  # what of a batch the objective reads and th
 def make_train_step(
     apply: Apply,
     objective: Objective,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | PagedOptimizer,
     *,
     accumulation: int = 1,
     out_shardings: tuple[PyTree, PyTree] | None = None,
 ) -> Callable[[PyTree, PyTree, PyTree, Batch, Array], tuple[PyTree, PyTree, dict[str, Array]]]:
     """`train_step`, jitted; `train` and `opt_state` are donated: the arrays that went in are gone.
 
-    On a mesh, `out_shardings` are those of (train, opt_state), so that what comes out lies as what
-    went in.
+    On a mesh, and for a paged optimizer, `out_shardings` are those of (train, opt_state), so that
+    what comes out lies as what went in, and where. Raises ValueError where a paged one lacks them.
     """
+    if isinstance(tx, PagedOptimizer):
+        if out_shardings is None:
+            raise ValueError(
+                "make_train_step: a paged optimizer needs out_shardings, or its states would not "
+                "go back to the host. Pass (shardings_of(train), shardings_of(opt_state))."
+            )
+        tx = lying_as(tx, out_shardings[0])
     step = train_step(apply, objective, tx, accumulation=accumulation)
     kept = None if out_shardings is None else (*out_shardings, None)
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=kept)
@@ -47,7 +55,7 @@ def make_train_step(
 def train_step(
     apply: Apply,
     objective: Objective,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | PagedOptimizer,
     *,
     accumulation: int = 1,
 ) -> Callable[[PyTree, PyTree, PyTree, Batch, Array], tuple[PyTree, PyTree, dict[str, Array]]]:
@@ -60,9 +68,10 @@ def train_step(
     of the whole: losses are summed and divided once.
 
     Metrics, float32 scalars: `loss` (mean over weights), `weight` (their sum), `gradient_norm`
-    (before clipping), `learning_rate` (for optimizers of `build_optimizer`) and `finite`. Where the
-    loss or the gradient is not finite, `finite` is 0 and parameters and optimizer state stay as
-    they were; so they do where the weights sum to zero, which is no error.
+    (before clipping), `learning_rate` (of the last update that was made, by optimizers of
+    `build_optimizer`) and `finite`. Where the loss or the gradient is not finite, `finite` is 0 and
+    parameters and optimizer state stay as they were; so they do where the weights sum to zero,
+    which is no error.
     """
     if accumulation < 1:
         raise ValueError(f"accumulation must be at least 1, got {accumulation}.")
@@ -73,17 +82,12 @@ def train_step(
         )
         divisor = jnp.where(weight > 0, weight, 1.0)
         loss, norm = loss_sum / divisor, _norm(gradient) / divisor
-        gradient = jax.tree.map(
-            lambda g, p: (g.astype(jnp.float32) / divisor).astype(p.dtype), gradient, train
-        )
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-        updates, new_opt_state = tx.update(gradient, opt_state, train)
-        new_train = optax.apply_updates(train, updates)
-        rate = optimizers.learning_rate(new_opt_state)
-        train, opt_state = _where(
-            finite & (weight > 0), (new_train, new_opt_state), (train, opt_state)
+        train, opt_state = update_where(
+            tx, gradient, 1.0 / divisor, opt_state, train, finite & (weight > 0)
         )
+        rate = optimizers.learning_rate(opt_state)
         metrics = {"loss": loss, "weight": weight, "gradient_norm": norm}
         metrics |= {} if rate is None else {"learning_rate": rate}
         return train, opt_state, metrics | {"finite": finite.astype(jnp.float32)}
@@ -172,7 +176,3 @@ def _accumulate(run, train: PyTree, batch: Batch, key: Array, parts: int):
 
 def _norm(gradient: PyTree) -> Array:
     return optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradient))
-
-
-def _where(condition: Array, chosen: PyTree, otherwise: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, otherwise)
