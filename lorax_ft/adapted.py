@@ -95,21 +95,58 @@ def adapt(base: Base, config: ExperimentConfig, *, fingerprint: str | None = Non
     fingerprint = hub.fingerprint(params) if fingerprint is None else fingerprint
     chosen = [_prepared(section, config, model) for section in config.methods]
     params, trainable = methods.add_methods(params, chosen, _keys(config)[1], uses, quantization)
-    if quantization is not None:
-        params = _quantize_rest(params, quantization, uses)
-    if config.train_head and model.task in CLASSIFICATIONS:
-        trainable += _head(params, uses)
+    params, trainable = _completed(params, trainable, config, model, uses)
     mesh = training.make_mesh(config.mesh)
     if mesh.size > 1:
         params = training.shard(params, mesh)
     return Adapted(
         model=model,
         params=params,
-        trainable=tuple(dict.fromkeys((*trainable, *config.trainable))),
+        trainable=trainable,
         uses=uses,
         base=fingerprint,
         head=base.head,
         mesh=mesh if mesh.size > 1 else None,
+    )
+
+
+def load_shapes(config: ExperimentConfig, task: str, label_names: tuple[str, ...] = ()) -> Adapted:
+    """What `load_adapted` gives, of `ShapeDtypeStruct`s: of the model only config.json is read.
+
+    It is on no mesh, has no fingerprint, and its head is the config's.
+    """
+    config = _without_values(config)
+    quantization, labels = config.quantization, len(label_names) or None
+    model = hub.describe(
+        find_path(config.model.path),
+        task=task,
+        num_labels=labels,
+        ignore_fields=config.model.ignore_fields,
+        **dataclasses.asdict(config.model.compute),
+        **config.model.overrides,
+    )
+    params = model.shapes()
+    uses = inspection.inspect(model.apply, params, model.input_shapes())
+    uses, trained = _with_whole_classifier(uses, model), ()
+    if quantization is not None:
+        params = trees.map_with_path(_quantizer(quantization), params)
+
+    def add(params: PyTree, key: jax.Array) -> PyTree:
+        nonlocal trained
+        chosen = [_prepared(section, config, model) for section in config.methods]
+        params, trained = methods.add_methods(params, chosen, key, uses, quantization)
+        return params
+
+    params = jax.eval_shape(add, params, jax.random.key(0))
+    params, trainable = _completed(params, trained, config, model, uses)
+    return Adapted(
+        model=model,
+        params=params,
+        trainable=trainable,
+        uses=uses,
+        base="",
+        head=(),
+        mesh=None,
     )
 
 
@@ -187,6 +224,18 @@ def _prepared(section: Any, config: ExperimentConfig, model: Model) -> Any:
     return section
 
 
+def _without_values(config: ExperimentConfig) -> ExperimentConfig:
+    """The config with starts of the same shapes that need neither weights nor a tokenizer."""
+    changes: dict[str, Any] = {}
+    if config.lora is not None and decomposes(config):
+        changes["lora"] = dataclasses.replace(config.lora, initialization="default")
+    if config.prompt is not None and config.prompt.text is not None:
+        changes["prompt"] = dataclasses.replace(
+            config.prompt, text=None, ids=(), initialization="random"
+        )
+    return dataclasses.replace(config, **changes)
+
+
 def _with_whole_classifier(
     uses: dict[str, inspection.Use], model: Model
 ) -> dict[str, inspection.Use]:
@@ -209,6 +258,21 @@ def _head(params: PyTree, uses: Mapping[str, inspection.Use]) -> tuple[str, ...]
         for path, value in trees.flatten(params).items()
         if path.startswith(tuple(heads)) and not isinstance(value, Leaf)
     )
+
+
+def _completed(
+    params: PyTree,
+    trained: tuple[str, ...],
+    config: ExperimentConfig,
+    model: Model,
+    uses: Mapping[str, inspection.Use],
+) -> tuple[PyTree, tuple[str, ...]]:
+    """Params with the rest quantised too, and patterns of all the plain arrays that are trained."""
+    if config.quantization is not None:
+        params = _quantize_rest(params, config.quantization, uses)
+    if config.train_head and model.task in CLASSIFICATIONS:
+        trained += _head(params, uses)
+    return params, tuple(dict.fromkeys((*trained, *config.trainable)))
 
 
 def _quantizer(config: QuantizationConfig) -> Callable[[str, Any], Any]:

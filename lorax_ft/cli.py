@@ -1,4 +1,4 @@
-"""The program `lorax-ft`: train | eval | predict | generate | merge | inspect | sweep | report.
+"""The program `lorax-ft`: train, eval, predict, generate, merge, inspect, plan, sweep, report.
 
     lorax-ft train --config=configs/quickstart.py:qlora --config.lora.rank=16 --run_dir=runs/mine
     lorax-ft eval --run_dir=runs/mine --split=validation
@@ -6,6 +6,7 @@
     lorax-ft generate --run_dir=runs/story --do_sample --temperature=0.8 "Once upon a time"
     lorax-ft merge --run_dir=runs/mine --output=merged --dtype=bfloat16
     lorax-ft inspect --config=configs/quickstart.py
+    lorax-ft plan --config=configs/llama.py:65b-qlora64 --device=a6000
     lorax-ft sweep --config=configs/quickstart.py --sweep=configs/sweeps/rank_and_method.py
     lorax-ft sweep ... --launcher=ray --resource=num_gpus=1
     lorax-ft report runs/quickstart-rank_and_method
@@ -146,6 +147,20 @@ def inspect(values: Any, arguments: list[str]) -> None:
     from lorax_ft import experiment
 
     print(experiment.describe(_config(values)))
+
+
+def plan(values: Any, arguments: list[str]) -> None:
+    _no_arguments(arguments)
+    from lorax_ft.planning import command
+
+    command.run(
+        lambda: _config(values),
+        device=values.device,
+        mesh=values.mesh,
+        find_largest=values.largest,
+        suggests=values.suggest,
+        plot=values.plot,
+    )
 
 
 def sweep(values: Any, arguments: list[str]) -> None:
@@ -335,6 +350,26 @@ def _merge_flags(values: flags.FlagValues, argv: list[str]) -> None:
     _require(values, "output")
 
 
+def _plan_flags(values: flags.FlagValues, argv: list[str]) -> None:
+    _config_flag(values, argv)
+    values.set_default("huge_pages", False)  # no arrays are made
+    string = functools.partial(flags.DEFINE_string, flag_values=values)
+    string("device", None, "a6000, h100:8, tpu-v5e:4x4, cpu:2, ...: what it is planned for")
+    string("mesh", None, "data=1,fsdp=8,tensor=2 (default: the config's, or fsdp over all)")
+    string("plot", None, "file for a picture of memory by part")
+    flags.DEFINE_enum(
+        "largest",
+        "batch",
+        ["batch", "length", "none"],
+        "find the largest that fits, by a few more compiles",
+        flag_values=values,
+    )
+    flags.DEFINE_boolean(
+        "suggest", False, "try what may make it fit, a compile for each", flag_values=values
+    )
+    _require(values, "device")
+
+
 def _sweep_flags(values: flags.FlagValues, argv: list[str]) -> None:
     _config_flag(values, argv)
     flags.DEFINE_string(
@@ -413,6 +448,11 @@ COMMANDS = {
         description="Shows a config's parameters: how each is used, held and trained.",
         define=_config_flag,
         run=inspect,
+    ),
+    "plan": Command(
+        description="Says what a config's run takes of a device, by the device's own compiler.",
+        define=_plan_flags,
+        run=plan,
     ),
     "sweep": Command(
         description="Trains many runs of a config as one program; the same command goes on.",

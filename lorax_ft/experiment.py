@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 import re
@@ -29,6 +30,7 @@ from lorax_ft.data import (
     tfidf_baseline,
 )
 from lorax_ft.leaves import dense
+from lorax_ft.memory import check_step
 from lorax_ft.training import checkpoints, loop, records
 
 PyTree = Any
@@ -104,13 +106,20 @@ def train(
         print(reports.results_table(results))
         return results
     experiment = prepare(config)
-    runs.start_run(directory, config)  # only now: bad input leaves no run behind
+    dataset = experiment.dataset
     counts = trees.count(experiment.adapted.params, experiment.adapted.trainable)
     names = method_names(config)
-    print(reports.overview(experiment.dataset, counts, model=config.model.path, methods=names))
-    baseline = text_baseline(config, experiment.dataset) if config.baseline else None
-
-    result = _fit(experiment, directory)
+    print(reports.overview(dataset, counts, model=config.model.path, methods=names))
+    batches = TrainBatches(
+        dataset.train, config.data.loader, pad_id=dataset.pad_id, seed=config.seed
+    )
+    with contextlib.closing(batches):
+        start = _start(experiment, batches)
+        if not runs.is_started(directory):  # one that was has been found to fit
+            print(f"memory   {_memory(experiment, start)}")
+        runs.start_run(directory, config)  # only now: bad input leaves no run behind
+        baseline = text_baseline(config, dataset) if config.baseline else None
+        result = _fit(experiment, start, directory)
     step = result.progress.step
     if result.outcome == "preempted":
         print(f"Stopped after step {step} and saved; the same command goes on from there.")
@@ -217,42 +226,57 @@ def make_optimizer(config: ExperimentConfig, total_steps: int) -> optax.Gradient
     return tx
 
 
-def _fit(experiment: Experiment, directory: pathlib.Path) -> training.FitResult:
-    """Trains. The step takes the arrays of `experiment.train` over: they are gone after it."""
-    config, dataset, adapted = experiment.config, experiment.dataset, experiment.adapted
-    batches = TrainBatches(
-        dataset.train, config.data.loader, pad_id=dataset.pad_id, seed=config.seed
-    )
-    total_steps = config.train.total_steps(batches.steps_per_epoch)
-    tx = make_optimizer(config, total_steps)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Start:
+    """What a run's first step is made of. The step takes `train` over: it is gone after it."""
+
+    step: Callable[..., Any]
+    train: PyTree
+    opt_state: PyTree
+    batches: TrainBatches
+
+
+def _start(experiment: Experiment, batches: TrainBatches) -> _Start:
+    config, adapted = experiment.config, experiment.adapted
+    tx = make_optimizer(config, config.train.total_steps(batches.steps_per_epoch))
     train, shardings = experiment.train, None
     opt_state = training.start_optimizer(tx, train, adapted.mesh)
     if adapted.mesh is not None or config.optimizer.paged:
         shardings = (training.shardings_of(train), training.shardings_of(opt_state))
     step = training.make_train_step(
         make_outputs(adapted.model, adapted.mesh),
-        training.OBJECTIVES[dataset.task],
+        training.OBJECTIVES[experiment.dataset.task],
         tx,
         accumulation=config.train.accumulation,
         out_shardings=shardings,
     )
-    try:
-        return training.fit(
-            step,
-            train,
-            opt_state,
-            experiment.frozen,
-            batches,
-            training_key(config.seed),
-            config=config.train,
-            directory=directory,
-            identity=_identity(experiment),
-            steps_per_epoch=batches.steps_per_epoch,
-            evaluate=_validation(experiment),
-            mesh=adapted.mesh,
-        )
-    finally:
-        batches.close()
+    return _Start(step=step, train=train, opt_state=opt_state, batches=batches)
+
+
+def _memory(experiment: Experiment, start: _Start) -> str:
+    """A line on what the step takes of memory. Raises ValueError where it does not fit."""
+    mesh, batch = experiment.adapted.mesh, start.batches.largest()
+    key = jax.random.fold_in(training_key(experiment.config.seed), 0)
+    if mesh is not None:
+        batch, key = training.shard_batch(batch, mesh), training.replicate(key, mesh)
+    return check_step(start.step, (start.train, start.opt_state, experiment.frozen, batch, key))
+
+
+def _fit(experiment: Experiment, start: _Start, directory: pathlib.Path) -> training.FitResult:
+    return training.fit(
+        start.step,
+        start.train,
+        start.opt_state,
+        experiment.frozen,
+        start.batches,
+        training_key(experiment.config.seed),
+        config=experiment.config.train,
+        directory=directory,
+        identity=_identity(experiment),
+        steps_per_epoch=start.batches.steps_per_epoch,
+        evaluate=_validation(experiment),
+        mesh=experiment.adapted.mesh,
+    )
 
 
 def _validation(experiment: Experiment) -> loop.Evaluate | None:

@@ -12,6 +12,7 @@ import jax
 import jax.core
 from jax._src import source_info_util
 from jax.extend.core import Literal
+from jax.interpreters import partial_eval
 
 # One body, evaluated once with all operands in order: (name of the primitive, parameter with the
 # jaxpr).
@@ -61,6 +62,15 @@ def inner(closed_or_open: Any) -> tuple[Any, Sequence[Any]]:
     if hasattr(closed_or_open, "consts"):
         return closed_or_open.jaxpr, closed_or_open.consts
     return closed_or_open, ()
+
+
+def live(closed_or_open: Any) -> Any:
+    """The open jaxpr without what no result needs, also in bodies of loops, as XLA leaves it out.
+
+    So a frozen kernel's gradient, which the backward pass of its product states, is gone.
+    """
+    jaxpr, _ = inner(closed_or_open)
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 
 def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:

@@ -61,10 +61,15 @@ def check_run(directory: pathlib.Path, config: ExperimentConfig) -> None:
         )
 
 
+def is_started(directory: pathlib.Path) -> bool:
+    """Whether a run was begun there."""
+    return (directory / "config.json").exists()
+
+
 def start_run(directory: pathlib.Path, config: ExperimentConfig) -> None:
     """Makes the directory and its config.json, where they are not there yet."""
     directory.mkdir(parents=True, exist_ok=True)
-    if not (directory / "config.json").exists():
+    if not is_started(directory):
         write_text(directory / "config.json", config_text(config))
 
 

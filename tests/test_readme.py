@@ -93,8 +93,10 @@ def test_every_config_is_one_that_the_program_takes(path, monkeypatch):
 
     monkeypatch.setattr(experiment, "train", lambda config, run_dir, **_: None)
 
-    for method in ("lora", "qlora"):
-        assert cli.main(["lorax-ft", "train", f"--config={path}:{method}", "--traceback"]) == 0
+    size = "7b-" if path.stem == "llama" else ""
+    for method in ("lora", "qlora16" if size else "qlora"):
+        config = f"--config={path}:{size}{method}"
+        assert cli.main(["lorax-ft", "train", config, "--traceback"]) == 0
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if shlex.split(c)[1] == "sweep"])

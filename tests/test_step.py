@@ -302,10 +302,34 @@ def test_flops_count_every_turn_of_a_scan_and_both_products_of_its_gradient():
 
     forward = 2 * 2 * 5 * WIDTH * (LAYERS * WIDTH + VOCABULARY)
     traced = jax.jit(loss).trace(params["layers"])
-    backward = jax.jit(jax.grad(loss)).trace(params["layers"])
+    backward = jax.jit(jax.value_and_grad(loss)).trace(params["layers"])
 
     assert count_flops(traced.jaxpr) == forward
     # to the layers' inputs and their kernels; the head has the first alone
     assert count_flops(backward.jaxpr) == forward + 2 * 2 * 5 * WIDTH * (
         2 * LAYERS * WIDTH + VOCABULARY
     )
+
+
+def test_flops_of_a_frozen_kernels_gradient_are_not_counted():
+    frozen, x = jnp.ones((8, 8)), jnp.ones((4, 8))
+
+    def loss(scale, kernel):  # whose backward pass states a gradient that nobody takes
+        layer = jax.checkpoint(lambda x, _: (product(x, kernel), None))
+        return jax.lax.scan(layer, scale * x, None, length=3)[0].sum()
+
+    traced = jax.jit(jax.value_and_grad(loss)).trace(1.0, frozen)
+    one = 2 * 4 * 8 * 8
+
+    assert count_flops(traced.jaxpr) == 3 * (one + one)  # there and back
+
+
+@jax.custom_vjp
+def product(x, kernel):
+    return x @ kernel
+
+
+product.defvjp(
+    lambda x, kernel: (x @ kernel, (x, kernel)),
+    lambda saved, dy: (dy @ saved[1].T, saved[0].T @ dy),
+)

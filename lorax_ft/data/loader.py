@@ -202,6 +202,10 @@ class TrainBatches:
         """How many batches an epoch has, the same in each."""
         return self._steps.per_epoch
 
+    def largest(self) -> Batch:
+        """A batch of the greatest shape in the first epoch."""
+        return self._steps.largest()
+
     def __iter__(self) -> TrainBatches:
         return self
 
@@ -272,6 +276,16 @@ class TrainSteps:
                 f"{len(examples)} training examples make no batch of {config.batch_size}. Lower "
                 "LoaderConfig.batch_size, or set LoaderConfig.drop_last to False."
             )
+
+    def largest(self) -> Batch:
+        """A batch of the greatest shape in the first epoch."""
+
+        def lengths(number: int) -> tuple[int, int]:
+            plan = self.plan(0)[number]
+            target = _target_length([self.examples[i] for i in plan.indices], self.target_buckets)
+            return plan.length, target or 0
+
+        return self[max(range(self.per_epoch), key=lengths)]
 
     def __len__(self) -> int:
         return sys.maxsize

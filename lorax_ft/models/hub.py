@@ -135,6 +135,28 @@ def load(
         return model, map_with_path(parameter, model.shapes())
 
 
+def describe(
+    path_or_id: str | pathlib.Path,
+    *,
+    task: str | None = None,
+    num_labels: int | None = None,
+    ignore_fields: tuple[str, ...] = (),
+    **overrides: Any,
+) -> Model:
+    """The model that `load` would give, by its config.json alone: no weights need be there.
+
+    Raises ValueError for weights that are in four bits already, whose config.json does not say
+    which of them are, and otherwise as `load` does.
+    """
+    raw = read_json(_find_config(path_or_id))
+    if raw.pop("quantization_config", None):
+        raise ValueError(
+            f"{path_or_id}: its weights are in few bits already, and config.json alone does not "
+            "say which. Describe the model that they were made from, with a quantisation of ours."
+        )
+    return build(raw, task=task, num_labels=num_labels, ignore_fields=ignore_fields, **overrides)
+
+
 def new_head(
     path_or_id: str | pathlib.Path, model: Model, key: Array, *, num_labels: int | None = None
 ) -> dict[str, Array]:
@@ -155,16 +177,39 @@ def find_directory(path_or_id: str | pathlib.Path) -> pathlib.Path:
     if path.is_dir():
         return path
     name = str(path_or_id)
-    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    if _is_no_id(path, name):
         raise FileNotFoundError(f"{path} is no directory.")
     import huggingface_hub
 
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FETCHED)))
     except (OSError, ValueError) as error:  # the hub's errors, and httpx's, are both or either
-        raise FileNotFoundError(
-            f"{name!r} is no directory here, and the Hugging Face hub did not give it: {error}"
-        ) from error
+        raise _not_given(name, error) from error
+
+
+def _find_config(path_or_id: str | pathlib.Path) -> pathlib.Path:
+    """The config.json of a directory, or else of that name on the hub, fetched without weights."""
+    path = pathlib.Path(path_or_id).expanduser()
+    if path.is_dir() or _is_no_id(path, str(path_or_id)):
+        return find_directory(path_or_id) / "config.json"
+    import huggingface_hub
+
+    try:
+        return pathlib.Path(huggingface_hub.hf_hub_download(str(path_or_id), "config.json"))
+    except (OSError, ValueError) as error:
+        raise _not_given(str(path_or_id), error) from error
+
+
+def _is_no_id(path: pathlib.Path, name: str) -> bool:
+    """Whether it cannot be a name on the hub: there is such a file, or no such id can be."""
+    unlike = name.startswith((".", "~")) or name.count("/") > 1
+    return path.exists() or path.is_absolute() or unlike
+
+
+def _not_given(name: str, error: Exception) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{name!r} is no directory here, and the Hugging Face hub did not give it: {error}"
+    )
 
 
 def save(

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pathlib
 import time
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
+from lorax_ft.memory import machine
 from lorax_ft.reports import bytes_text
 from lorax_ft.sweeps import devices
 from lorax_ft.sweeps.groups import Group
@@ -130,15 +130,8 @@ def plan_table(plans: Sequence[Plan]) -> str:
 
 def free_memory() -> int:
     """The bytes that a group may take of the accelerator, or else of this machine."""
-    statistics = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in statistics:
-        return int(SHARE * (statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)))
-    try:
-        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-        available = next(line for line in lines if line.startswith("MemAvailable"))
-        return int(SHARE * 1024 * int(available.split()[1]))
-    except (OSError, StopIteration):
-        return 2**62  # no telling
+    free = machine.free_memory()
+    return 2**62 if free is None else int(SHARE * free)  # where there is no telling, all
 
 
 def _one_of_each_shape(program: Program) -> list[tuple[Batch, float]]:

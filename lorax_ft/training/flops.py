@@ -10,25 +10,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-# Dense bfloat16 FLOP/s of one device as `Device.device_kind` names it; from the makers' data
-# sheets.
-PEAK_FLOPS = {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA RTX A6000": 155e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
+from lorax_ft import jaxprs
+from lorax_ft.devices import by_device_kind
+
+# Dense bfloat16 FLOP/s of one device as `Device.device_kind` names it.
+PEAK_FLOPS = {kind: device.flops for kind, device in by_device_kind().items()}
 
 
 def peak_flops(device: Any) -> float | None:
@@ -39,15 +25,19 @@ def peak_flops(device: Any) -> float | None:
 def count_flops(jaxpr: Any) -> float:
     """FLOPs of the matrix products and convolutions of a jaxpr, one multiply-add being two.
 
-    Everything that is computed counts, also what `remat` computes again. A `while` counts once and
-    a `cond` as its dearest branch; kernels written in Pallas count nothing.
+    Everything that a result needs counts, also what `remat` computes again. A `while` counts once
+    and a `cond` as its dearest branch; kernels written in Pallas count nothing.
 
     >>> import jax
     >>> x, w = jax.numpy.ones((8, 4)), jax.numpy.ones((4, 2))
     >>> count_flops(jax.jit(lambda x, w: x @ w).trace(x, w).jaxpr)
     128.0
     """
-    return float(sum(_flops(equation) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns))
+    return float(_sum(jaxprs.live(jaxpr)))
+
+
+def _sum(jaxpr: Any) -> float:
+    return sum(map(_flops, jaxprs.inner(jaxpr)[0].eqns))
 
 
 def _flops(equation: Any) -> float:
@@ -62,7 +52,7 @@ def _flops(equation: Any) -> float:
         return 2.0 * equation.outvars[0].aval.size * kernel.size / features
     if name == "pallas_call":
         return 0.0
-    inner = [count_flops(jaxpr) for jaxpr in _inner(equation.params)]
+    inner = [_sum(jaxpr) for jaxpr in _inner(equation.params)]
     if name == "cond":
         return max(inner)
     return equation.params["length"] * sum(inner) if name == "scan" else sum(inner)

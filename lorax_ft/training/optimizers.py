@@ -47,11 +47,11 @@ class OptimizerConfig:
         _check_choice("name", self.name, _SCALINGS)
         _check_choice("schedule", self.schedule, _SHAPES)
         _check_choice("state_dtype", self.state_dtype, _STATE_DTYPES)
-        if self.state_dtype != "parameter" and self.name not in _ROWWISE:
+        if self.state_dtype != "parameter" and self.name not in ROWWISE:
             raise ValueError(
                 f"OptimizerConfig: {self.name} keeps a row and a column of each kernel, so "
                 f"state_dtype={self.state_dtype!r} is not for it. Set "
-                f'state_dtype="parameter", or another name of {sorted(_ROWWISE)}.'
+                f'state_dtype="parameter", or another name of {sorted(ROWWISE)}.'
             )
         for field in ("learning_rate", "weight_decay"):
             _check(getattr(self, field) >= 0, field, getattr(self, field), "at least 0")
@@ -116,7 +116,7 @@ def build_optimizer(config: OptimizerConfig, total_steps: int) -> Any:
         each.append(_scale_lora_b(config.lora_plus_ratio))
     each.append(_scale_by_learning_rate(config, total_steps))
     if config.paged:
-        return page(each, rowwise=config.name in _ROWWISE, clip_norm=config.clip_norm)
+        return page(each, rowwise=config.name in ROWWISE, clip_norm=config.clip_norm)
     clip = [] if config.clip_norm is None else [clip_by_norm(config.clip_norm)]
     return optax.chain(*clip, *each)
 
@@ -315,7 +315,7 @@ def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
         count = optax.safe_increment(state.count)
         mu = jax.tree.map(lambda g, m: (1 - b1) * g + b1 * m, updates, state.mu)
         nu = jax.tree.map(lambda g, v: (1 - b2) * g**2 + b2 * v, updates, state.nu)
-        first, second = 1 / (1 - b1**count), 1 / (1 - b2**count)
+        first, second = (1.0 / (1.0 - jnp.power(b, count)) for b in (b1, b2))
 
         def direction(m, v):
             root = jnp.sqrt(v * second.astype(v.dtype))
@@ -346,7 +346,7 @@ _SCALINGS = {
     "lion": lambda c: optax.scale_by_lion(b1=c.b1, b2=c.b2),
 }
 
-_ROWWISE = ("adamw", "lion", "sgd")  # have a state of each number, and treat it by itself
+ROWWISE = ("adamw", "lion", "sgd")  # have a state of each number, and treat it by itself
 
 _STATE_DTYPES = {"parameter": lambda scaling: scaling, "int8": in_eight_bits}
 

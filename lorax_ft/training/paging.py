@@ -67,8 +67,8 @@ def page(
 ) -> PagedOptimizer:
     """`optax.chain(clip_by_norm(clip_norm), *each)`, paged: the same numbers and structure.
 
-    The numbers are the same to the bit for the optimizers of `build_optimizer`, on a mesh too; but of
-    eight-bit states whose blocks reach over several devices a code may come out as its neighbour.
+    They are the same to the bit for the optimizers of `build_optimizer`, on a mesh too; but where
+    blocks of eight-bit states reach over several devices, a code may come out as its neighbour.
 
     What optax keeps in trees of the parameters' structure is paged, for arrays of at least
     `smallest` numbers, by default 100,000; where it lies is `start_optimizer`'s part.
@@ -88,7 +88,7 @@ def page(
     chained = optax.chain(*each)
 
     def init(params):
-        state = chained.init(params)
+        state: Any = chained.init(params)
         if rowwise:
             _check_rowwise(params, state)
         return (*(part.init(params) for part in clip), *state)
@@ -120,18 +120,19 @@ def start_optimizer(tx: Any, train: PyTree, mesh: Mesh | None = None) -> PyTree:
     return jax.jit(tx.init, out_shardings=shardings)(train)
 
 
-def state_shardings(tx: PagedOptimizer, state: PyTree, train: PyTree, mesh: Mesh) -> PyTree:
-    """The `NamedSharding` of every array of a paged optimizer's state; paged ones on the host.
+def state_shardings(tx: Any, state: PyTree, train: PyTree, mesh: Mesh) -> PyTree:
+    """The `NamedSharding` of every array of an optimizer's state; those that are paged on the host.
 
     A state lies on the mesh as its parameter does, whose sharding `train` must carry; absmax of
     eight-bit states as the axes in front of its blocks do.
     """
+    smallest = tx.smallest if isinstance(tx, PagedOptimizer) else math.inf
     parameters = trees.flatten_arrays(train)
     specs = {path: _spec(array, mesh) for path, array in parameters.items()}
 
     def place(field: str, path: str, value: Any) -> Any:
         del field
-        kind = HOST if parameters[path].size >= tx.smallest else None
+        kind = HOST if parameters[path].size >= smallest else None
         return jax.tree.map(
             lambda x: NamedSharding(mesh, even(specs[path], x.shape, mesh), memory_kind=kind),
             value,
@@ -229,9 +230,9 @@ def _update_pages(
     Scaling and clipping are part of a page's work, as in an unpaged step they are of an array's:
     XLA rounds a product otherwise that it can join to the sum that it goes into.
     """
-    clip, state = (state[:1], state[1:]) if tx.clips else ((), state)
-    factors = [scale]
+    factors, clip = [scale], ()
     if tx.clips:
+        clip, state = state[:1], state[1:]
         factors.append(clipping.factor(clipping.scaled(gradient, scale, params), clip[0]))
 
     def update(gradient, state, params):
@@ -323,8 +324,9 @@ def _moved(x: Array, space: Any) -> Array:
 def _spec(array: Any, mesh: Mesh) -> PartitionSpec:
     """How a parameter lies on the mesh; whole on each device where nothing is said."""
     sharding = getattr(array, "sharding", None)
-    placed = isinstance(sharding, NamedSharding) and sharding.mesh == mesh
-    return sharding.spec if placed else PartitionSpec()
+    if isinstance(sharding, NamedSharding) and sharding.mesh == mesh:
+        return sharding.spec
+    return PartitionSpec()
 
 
 def _check_rowwise(params: PyTree, state: PyTree) -> None:

@@ -1,0 +1,206 @@
+"""Plans of LLaMA at 7 to 70 billion parameters on cards and TPUs that are not here.
+
+    python experiments/plan/run.py
+    python experiments/plan/run.py --only=tpu
+
+Needs no weights and no accelerator; rows of TPUs want their compiler (`pip install libtpu`), rows
+of GPUs want jax's CUDA plugin, and without it are reckoned by XLA for CPU, which the table says.
+Each row is a process of its own, one after another. `--only` takes the rows whose name has that in
+it. Writes results.csv, results.md and memory.png beside this file; rows that were not run again
+stay.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import pathlib
+import pickle
+import re
+import subprocess
+import sys
+import time
+from typing import Any
+
+from absl import app, flags
+
+HERE = pathlib.Path(__file__).resolve().parent
+FIGURE = HERE / "memory.png"
+CONFIG = HERE.parent.parent / "configs" / "llama.py"
+STORE = HERE.parent.parent / ".cache" / "plan"  # of rows that are not run again
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A config of configs/llama.py on a device, and what size is to be as large as fits."""
+
+    argument: str
+    device: str
+    mesh: str | None = None
+    find: str | None = None
+    batch_size: int = 1
+    length: int = 512
+
+    @property
+    def name(self) -> str:
+        return " ".join(part for part in (self.argument, self.device, self.mesh) if part)
+
+    @property
+    def file(self) -> pathlib.Path:
+        """Where its plans are kept."""
+        return STORE / (re.sub(r"[^\w=-]+", "_", self.name) + ".pickle")
+
+
+ROWS = (
+    Row("7b-qlora64", "rtx-3070"),
+    Row("65b-qlora16", "a6000"),
+    Row("65b-qlora64", "a6000"),
+    Row("65b-qlora64", "a100-80", find="batch"),
+    Row("3-70b-qlora16", "tpu-v5e:4x4", "fsdp=16", "batch", 16),
+    Row("3-70b-qlora64", "h100:8", None, "batch", 8),
+    Row("3-70b-qlora16", "tpu-v6e:16x16", "data=16,fsdp=16", "batch", 256),
+    Row("3-70b-qlora64", "a6000"),
+    Row("3-70b-qlora16", "tpu-v5e:4x4", "fsdp=4,tensor=4", "length", 4),
+)
+# Full fine-tuning, whose memory is arithmetic: (config of configs/llama.py, its param_dtype).
+FULL = (("65b-full", "bfloat16"), ("65b-full", "float32"), ("7b-full", "bfloat16"))
+
+_ONLY = flags.DEFINE_string("only", "", "rows whose name has this in it")
+_ROW = flags.DEFINE_integer("row", None, "one row, by its number: what the processes are given")
+
+
+def make(row: Row) -> None:
+    """Keeps a row's plans: as it is, and then at the largest size that fits."""
+    from lorax_ft import planning
+    from lorax_ft.planning import search
+    from lorax_ft.planning.command import parse_mesh
+
+    target = planning.parse_target(row.device)
+    planning.prepare_process(target)
+    config = search.sized(config_of(row.argument), "length", row.length)
+    config = search.sized(config, "batch", row.batch_size)
+    if row.mesh:
+        config = dataclasses.replace(config, mesh=parse_mesh(row.mesh))
+    plan_of = functools.partial(
+        planning.make_plan, target=target, compiler=planning.compiler(target)
+    )
+    start = time.process_time()
+    first = plan_of(config)
+    kept = {"row": row, "plan": first, "largest": None, "seconds": time.process_time() - start}
+    print(planning.plan_text(first), flush=True)
+    row.file.write_bytes(pickle.dumps(kept))
+    if row.find:
+        kept["largest"] = planning.largest(config, first, row.find, plan_of)
+        print(planning.largest_text(kept["largest"]), flush=True)
+        row.file.write_bytes(pickle.dumps(kept))
+
+
+def config_of(argument: str, param_dtype: str = "bfloat16") -> Any:
+    """A config of configs/llama.py."""
+    import runpy
+
+    from lorax_ft.config import ExperimentConfig, parse
+
+    values = runpy.run_path(str(CONFIG))["get_config"](argument)
+    values.model.compute.param_dtype = param_dtype
+    return parse(values, ExperimentConfig)
+
+
+def full_rows() -> list[dict[str, Any]]:
+    """What full fine-tuning keeps between steps, and the gradients, to the byte."""
+    import jax
+
+    from lorax_ft import memory
+    from lorax_ft.planning import shapes
+
+    rows = []
+    for argument, dtype in FULL:
+        config = config_of(argument, dtype)
+        step = shapes.make_step(config, shapes.describe(config), jax.devices("cpu"))
+        parts = memory.state_parts(step.train, step.frozen, step.opt_state)
+        count = sum(array.size for array in jax.tree.leaves(step.train))
+        gradients = memory.tree_bytes(step.train)
+        sizes = {
+            "weights": parts["trained"],
+            "gradients": gradients,
+            "optimizer states": parts["optimizer"],
+            "in all": parts["trained"] + gradients + parts["optimizer"],
+        }
+        rows.append(
+            {"config": argument, "param_dtype": dtype, "parameters": f"{count:,}"}
+            | {f"{name}, GB": f"{size / 1e9:.1f}" for name, size in sizes.items()}
+        )
+    return rows
+
+
+def cells(found: dict[str, Any]) -> dict[str, Any]:
+    """A row of results.csv."""
+    row, plan, largest = found["row"], found["plan"], found["largest"]
+    parts = {name: round(size / GIB, 3) for name, size in plan.parts.items()}
+    bound = plan.roofline
+    return {
+        "config": row.argument,
+        "device": row.device,
+        "mesh": row.mesh or "",
+        "batch": plan.batch_size,
+        "length": plan.length,
+        "compiler": "CPU, standing in" if plan.stands_in else plan.compiler.split(",")[0],
+        **{f"{name}_gib": size for name, size in parts.items()},
+        "needed_gib": None if plan.needed is None else round(plan.needed / GIB, 2),
+        "usable_gib": None if plan.usable is None else round(plan.usable / GIB, 2),
+        "fits": plan.fits,
+        "tflop": round(plan.flops / 1e12, 2),
+        "gb_moved": None if plan.traffic is None else round(plan.traffic / 1e9, 1),
+        "gb_sent": round(sum(c.sent for c in plan.collectives) / 1e9, 2),
+        "roofline_s": None if bound is None else float(f"{bound.seconds:.3g}"),
+        "bound_by": None if bound is None else bound.bound,
+        "gigacycles": None if plan.cycles is None else round(plan.cycles.total / 1e9, 3),
+        "largest": "" if largest is None else f"{largest.what} {largest.size}",
+        "not_fitting": None if largest is None else largest.refused,
+        "processor_s": round(found["seconds"], 1),
+    }
+
+
+def write(results: list[dict[str, Any]]) -> None:
+    """The tables and the picture."""
+    from lorax_ft import planning
+
+    rows = [cells(found) for found in results]
+    with (HERE / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    columns = ("config", "device", "mesh", "batch", "length", "compiler", "needed_gib")
+    columns += ("usable_gib", "fits", "tflop", "roofline_s", "bound_by", "gigacycles", "largest")
+    tables = [table([{name: row[name] for name in columns} for row in rows]), table(full_rows())]
+    (HERE / "results.md").write_text("\n".join(tables))
+    planning.plot_plans({found["row"].name: found["plan"] for found in results}, FIGURE)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows in Markdown."""
+    lines = [" | ".join(rows[0]), "|".join("---" for _ in rows[0])]
+    lines += [
+        " | ".join("" if value is None else str(value) for value in row.values()) for row in rows
+    ]
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    STORE.mkdir(parents=True, exist_ok=True)
+    if _ROW.value is not None:
+        make(ROWS[_ROW.value])
+        return
+    for number, row in enumerate(ROWS):
+        if _ONLY.value in row.name:
+            print(f"--- {row.name}", flush=True)
+            subprocess.run([sys.executable, __file__, f"--row={number}"], check=False)
+    write([pickle.loads(row.file.read_bytes()) for row in ROWS if row.file.exists()])
+
+
+if __name__ == "__main__":
+    app.run(main)

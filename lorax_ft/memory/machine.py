@@ -1,0 +1,73 @@
+"""This machine's memory, and whether a run fits in it: told before the first step is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from lorax_ft.memory.accounting import STATE_PARTS, state_parts
+from lorax_ft.memory.step import StepMemory, step_memory
+from lorax_ft.reports import bytes_text
+from lorax_ft.training import host_memory
+
+
+def free_memory() -> int | None:
+    """The bytes that this process may still take of its accelerator, or else of this machine.
+
+    None where there is no telling.
+    """
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in statistics:
+        return int(statistics["bytes_limit"]) - int(statistics.get("bytes_in_use", 0))
+    return host_memory.available()
+
+
+def check_step(step: Any, arguments: tuple[Any, ...], *, free: int | None = None) -> str:
+    """A line on the memory of a jitted step: `step(train, opt_state, frozen, batch, key)`.
+
+    The arguments are there already; `free` is what else there is, as `free_memory` says where it is
+    None. Compiles the step, which the first call then finds compiled. Raises ValueError, with the
+    numbers, where the step cannot fit.
+    """
+    train, opt_state, frozen, *others = arguments
+    memory = step_memory(step.lower(*arguments).compile())
+    parts = state_parts(train, frozen, opt_state, *others)
+    if memory is None:
+        return memory_line(parts)
+    free = free_memory() if free is None else free
+    if free is not None and memory.added * _sharing(train) > free:
+        raise ValueError(
+            f"This run does not fit: a step takes {bytes_text(memory.added)} a device beside the "
+            f"{bytes_text(memory.arguments)} of its arguments ({_listed(parts)}), and "
+            f"{bytes_text(free)} are free. Lower data.loader.batch_size or its longest bucket, "
+            "raise train.accumulation, or say model.compute.remat='full'; lorax-ft plan --suggest "
+            "tries what helps."
+        )
+    return memory_line(parts, memory, free)
+
+
+def memory_line(
+    parts: Mapping[str, int], memory: StepMemory | None = None, free: int | None = None
+) -> str:
+    """`parts` and what a step adds, in one line."""
+    if memory is None:
+        return f"{_listed(parts)}; what a step takes beside is not known here"
+    room = "" if free is None else f"; {bytes_text(free)} are free for the last"
+    return (
+        f"{bytes_text(memory.peak)} a device: {_listed(parts)}, a step {bytes_text(memory.added)}"
+        f"{room}"
+    )
+
+
+def _listed(parts: Mapping[str, int]) -> str:
+    return ", ".join(
+        f"{STATE_PARTS[name]} {bytes_text(count)}" for name, count in parts.items() if count
+    )
+
+
+def _sharing(tree: Any) -> int:
+    """How many of an array's devices here have one memory together: all of a CPU's."""
+    devices = jax.tree.leaves(tree)[0].sharding.addressable_devices
+    return len(devices) if next(iter(devices)).platform == "cpu" else 1

@@ -1,0 +1,193 @@
+"""What a compiled program costs: bytes of memory and of links that it moves, and a TPU's cycles."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+from lorax_ft.planning.hlo import Array, Computation, Instruction, Program
+
+# What names or aliases arrays and moves nothing; what runs other computations is told by those.
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier", "domain"),
+    *("while", "conditional", "call", "after-all", "partition-id", "replica-id"),
+    *("async-start", "async-update", "async-done", "copy-done", "slice-done"),
+}
+_SLICES = ("dynamic-slice", "gather", "slice")
+
+
+def _all(n: int) -> float:
+    return (n - 1) / n
+
+
+# Bytes that a device sends for each byte of the larger of operand and result, among n devices in a
+# ring: the least that any algorithm sends.
+COLLECTIVES: Mapping[str, Callable[[int], float]] = {
+    "all-gather": _all,
+    "reduce-scatter": _all,
+    "all-to-all": _all,
+    "ragged-all-to-all": _all,
+    "all-reduce": lambda n: 2 * _all(n),
+    "collective-permute": lambda n: 1.0,
+    "collective-broadcast": lambda n: 1.0,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collective:
+    """All the communications of one kind, of one type of element, in a step."""
+
+    kind: str
+    dtype: str
+    count: int
+    bytes: int  # of the larger of operand and result, on one device, all of them together
+    sent: float  # bytes that a device sends at least
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cycles:
+    """The TPU compiler's own estimate: of its compute units, on one device, nothing overlapped."""
+
+    total: int
+    by_kind: Mapping[str, int]
+    without: Mapping[str, int]  # calls of kernels that carry no estimate, and how often
+
+
+def collectives(program: Program, devices: int) -> tuple[Collective, ...]:
+    """A step's communication, the most bytes first; scanned layers count as often as they run."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for instruction, computation, times in program.executed():
+        inside = (
+            program.computations.get(name, {})
+            for name in instruction.called
+            if instruction.opcode == "fusion"
+        )
+        within = [(computation, instruction), *((c, i) for c in inside for i in c.values())]
+        for place, one in within:
+            kind = one.opcode.removesuffix("-start")
+            if kind not in COLLECTIVES:
+                continue
+            operands = [a for name in one.operands if name in place for a in place[name].arrays]
+            into, out = (_bytes(arrays, any_space=True) for arrays in (operands, one.arrays))
+            if one.opcode != kind and kind != "all-reduce":  # its type holds the operands too
+                out -= into
+            size = max(into, out)
+            largest = max((*operands, *one.arrays), key=lambda array: array.bytes)
+            row = found.setdefault((kind, largest.dtype), [0, 0, 0.0])
+            row[0] += times
+            row[1] += size * times
+            row[2] += size * times * COLLECTIVES[kind](_group_size(one, devices))
+    rows = [
+        Collective(kind=kind, dtype=dtype, count=int(count), bytes=int(size), sent=sent)
+        for (kind, dtype), (count, size, sent) in found.items()
+    ]
+    return tuple(sorted(rows, key=lambda row: -row.bytes))
+
+
+def traffic(program: Program) -> int:
+    """Bytes that a step reads and writes in a device's main memory, each array of a fusion once.
+
+    Of an array that is only sliced or looked up, what is taken counts, and of one that is updated
+    in place, what is put in.
+    """
+    return sum(
+        times * _moved(program, instruction, computation)
+        for instruction, computation, times in program.executed()
+    )
+
+
+def cycles(program: Program) -> Cycles | None:
+    """The sum of the TPU compiler's estimates; None for a program of another compiler."""
+    by_kind: collections.Counter[str] = collections.Counter()
+    without: collections.Counter[str] = collections.Counter()
+    for instruction, _, times in program.executed():
+        if estimate := re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes):
+            kind = re.sub(r"[.\d]+$", "", instruction.name)
+            by_kind[kind] += int(estimate.group(1)) * times
+        elif target := re.search(r'custom_call_target="([^"]+)"', instruction.attributes):
+            without[target.group(1)] += times
+    if not by_kind:
+        return None
+    return Cycles(
+        total=sum(by_kind.values()), by_kind=dict(by_kind.most_common()), without=dict(without)
+    )
+
+
+def _group_size(instruction: Instruction, devices: int) -> int:
+    """How many devices one collective joins, by its `replica_groups` in either of their forms."""
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", instruction.attributes):
+        return int(found.group(2))
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", instruction.attributes):
+        return len(found.group(1).split(","))
+    return max(devices, 1)
+
+
+def _moved(program: Program, instruction: Instruction, computation: Computation) -> int:
+    opcode = instruction.opcode
+    if opcode in _FREE or (opcode.endswith("-done") and opcode != "fusion"):
+        return 0
+    operands = [computation[name] for name in instruction.operands if name in computation]
+    if opcode == "fusion":
+        inner = program.computations.get(next(iter(instruction.called), ""), {})
+        return _fusion(inner, instruction, operands)
+    if opcode in _SLICES:
+        return 2 * _bytes(instruction.arrays)
+    if opcode == "dynamic-update-slice":
+        return 2 * _bytes(operands[1].arrays)
+    written = instruction.arrays[:1] if opcode.endswith("-start") else instruction.arrays
+    return _bytes(written) + sum(_bytes(operand.arrays) for operand in operands)
+
+
+def _fusion(inner: Computation, outer: Instruction, operands: list[Instruction]) -> int:
+    """What a fusion reads of each operand, and what it writes."""
+    users: dict[str, list[Instruction]] = {}
+    for instruction in inner.values():
+        for name in instruction.operands:
+            users.setdefault(name, []).append(instruction)
+    parameters = [i for i in inner.values() if i.opcode == "parameter"]
+    total = 0
+    for parameter, operand in zip(_in_order(parameters), operands):
+        total += min(_read(inner, users, parameter.name), _bytes(operand.arrays))
+    roots = [i for i in inner.values() if i.is_root]
+    results = [
+        inner[name] for r in roots if r.opcode == "tuple" for name in r.operands if name in inner
+    ]
+    for result, array in zip(results or roots, outer.arrays):
+        if array.space:
+            continue
+        updated = _through_bitcasts(inner, result)
+        in_place = updated.opcode == "dynamic-update-slice"
+        total += _bytes(inner[updated.operands[1]].arrays) if in_place else array.bytes
+    return total
+
+
+def _read(inner: Computation, users: Mapping[str, list[Instruction]], name: str) -> int:
+    """The bytes of a parameter that its users take."""
+    total = 0
+    for user in users.get(name, ()):
+        if user.opcode == "bitcast":
+            total += _read(inner, users, user.name)
+        elif user.opcode in _SLICES and user.operands[0] == name:
+            total += _bytes(user.arrays, any_space=True)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+            continue  # stays where it is
+        else:
+            return _bytes(inner[name].arrays, any_space=True)
+    return total
+
+
+def _through_bitcasts(inner: Computation, instruction: Instruction) -> Instruction:
+    while instruction.opcode == "bitcast" and instruction.operands[0] in inner:
+        instruction = inner[instruction.operands[0]]
+    return instruction
+
+
+def _in_order(parameters: list[Instruction]) -> list[Instruction]:
+    """A computation's parameters by their numbers."""
+    return sorted(parameters, key=lambda p: int(re.findall(r"\d+", p.attributes)[0]))
+
+
+def _bytes(arrays: Iterable[Array], any_space: bool = False) -> int:
+    return sum(array.bytes for array in arrays if any_space or not array.space)

@@ -1,0 +1,138 @@
+"""A training step's arguments as shapes with placements: nothing is read or allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from lorax_ft import training, trees
+from lorax_ft.adapted import Adapted, load_shapes, make_outputs
+from lorax_ft.config import ExperimentConfig
+from lorax_ft.data import SequenceToSequence, TextClassification
+from lorax_ft.data.dataset import MODEL_TASKS
+from lorax_ft.experiment import make_optimizer
+from lorax_ft.training.paging import state_shardings
+from lorax_ft.training.sharding import BATCH
+
+PyTree = Any
+STEPS = 1_000_000  # of a run whose length its data decide: no shape depends on it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """A training step and the shapes of its arguments, each of which says where it lies."""
+
+    function: Any  # jitted
+    train: PyTree
+    opt_state: PyTree
+    frozen: PyTree
+    batch: dict[str, jax.ShapeDtypeStruct]
+    key: jax.ShapeDtypeStruct
+    mesh: jax.sharding.Mesh
+    vocabulary: int
+    longest: int | None  # rows that the model has positions for; None where they end nowhere
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return self.train, self.opt_state, self.frozen, self.batch, self.key
+
+
+def describe(config: ExperimentConfig) -> Adapted:
+    """The config's model with its methods, of shapes."""
+    task = config.data.task
+    names = task.label_names if isinstance(task, TextClassification) else ()
+    return load_shapes(config, MODEL_TASKS[type(task)], names)
+
+
+def make_step(config: ExperimentConfig, adapted: Adapted, devices: Sequence[Any]) -> Step:
+    """The step of a run on these devices, laid out by the config's mesh, as `train` makes it.
+
+    Its batch is of the longest bucket. Raises ValueError where the mesh does not divide the
+    devices, the batch or a parameter, and where the model has no positions for the batch.
+    """
+    mesh = training.make_mesh(config.mesh, devices)
+    alone = SingleDeviceSharding(mesh.devices.flat[0]) if mesh.size == 1 else None
+    everywhere = alone or NamedSharding(mesh, PartitionSpec())
+    if alone:
+        params = _placed(adapted.params, alone)
+    else:
+        lie = training.shardings(adapted.params, mesh)
+        params = jax.tree.map(_at, adapted.params, lie)
+    train, frozen = trees.partition(params, adapted.trainable)
+    tx = make_optimizer(config, config.train.steps or STEPS)
+    opt_state = jax.eval_shape(tx.init, train)
+    if alone and not config.optimizer.paged:
+        opt_state, out_shardings = _placed(opt_state, alone), None
+    else:
+        lie = state_shardings(tx, opt_state, train, mesh)
+        opt_state = jax.tree.map(_at, opt_state, lie)
+        out_shardings = (training.shardings_of(train), lie)
+    return Step(
+        function=training.make_train_step(
+            make_outputs(adapted.model, mesh),
+            training.OBJECTIVES[adapted.model.task],
+            tx,
+            accumulation=config.train.accumulation,
+            out_shardings=out_shardings,
+        ),
+        train=train,
+        opt_state=opt_state,
+        frozen=frozen,
+        batch=_placed(batch_shapes(config), alone or _batch_sharding(config, mesh)),
+        key=_at(jax.eval_shape(lambda: jax.random.key(0)), everywhere),
+        mesh=mesh,
+        vocabulary=adapted.model.config.vocab_size,
+        longest=_longest(config, adapted.model.config.max_length),
+    )
+
+
+def batch_shapes(config: ExperimentConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """A full batch of the longest bucket, as `data.loader` makes it."""
+    loader, task = config.data.loader, config.data.task
+    rows, length = loader.batch_size, loader.buckets[-1]
+
+    def integers(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    batch = {"input_ids": integers(rows, length), "attention_mask": integers(rows, length)}
+    if isinstance(task, SequenceToSequence):
+        targets = (loader.target_buckets or (task.max_target_length,))[-1]
+        batch |= {name: integers(rows, targets) for name in ("decoder_input_ids", "labels")}
+    elif isinstance(task, TextClassification):
+        batch["labels"] = integers(rows)
+        if task.text_pair is not None:
+            batch["token_type_ids"] = integers(rows, length)
+    else:
+        batch["labels"] = integers(rows, length)
+    return {**batch, "weights": jax.ShapeDtypeStruct((rows,), jnp.float32)}
+
+
+def _longest(config: ExperimentConfig, positions: int | None) -> int | None:
+    """What trained vectors that stand in front leave of a model's positions."""
+    if positions is None:
+        return None
+    in_front = (config.prompt, config.p_tuning, config.prefix)
+    return positions - sum(section.length for section in in_front if section is not None)
+
+
+def _at(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+
+def _placed(tree: PyTree, sharding: Any) -> PyTree:
+    return jax.tree.map(lambda array: _at(array, sharding), tree)
+
+
+def _batch_sharding(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> NamedSharding:
+    rows, parts = config.data.loader.batch_size, mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % parts:
+        raise ValueError(
+            f"A batch of {rows} rows (data.loader.batch_size) cannot be split over data × fsdp = "
+            f"{parts} devices. Choose a multiple of {parts}, or a mesh with more `tensor`."
+        )
+    return NamedSharding(mesh, BATCH)

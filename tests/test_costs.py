@@ -1,0 +1,111 @@
+"""Costs: what a compiled program moves, sends and takes is read right from its text."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lorax_ft.planning import costs, hlo
+
+LOOP = """
+HloModule jit_f, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %s = f32[] add(%x, %y)
+}
+
+%fused (param_1: s32[], param_0: f32[6,4,8]) -> f32[4,8] {
+  %param_0 = f32[6,4,8]{2,1,0} parameter(1)
+  %param_1 = s32[] parameter(0)
+  %zero = s32[] constant(0)
+  %cut = f32[1,4,8]{2,1,0} dynamic-slice(%param_0, %param_1, %zero, %zero)
+  ROOT %layer = f32[4,8]{1,0} bitcast(%cut)
+}
+
+%body (p: (s32[], f32[6,4,8])) -> (s32[], f32[6,4,8]) {
+  %p = (s32[], f32[6,4,8]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %stack = f32[6,4,8]{2,1,0} get-tuple-element(%p), index=1
+  %layer.1 = f32[4,8]{1,0} fusion(%i, %stack), calls=%fused, config={"estimated_cycles":"10"}
+  %sum.3 = f32[4,8]{1,0} all-reduce(%layer.1), replica_groups=[2,4]<=[8], to_apply=%add
+  %kernel = f32[4,8]{1,0} custom-call(%sum.3), custom_call_target="tpu_custom_call"
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %out = (s32[], f32[6,4,8]{2,1,0}) tuple(%next, %stack)
+}
+
+%condition (p: (s32[], f32[6,4,8])) -> pred[] {
+  %p = (s32[], f32[6,4,8]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %bound = s32[] constant(6)
+  ROOT %less = pred[] compare(%i, %bound), direction=LT
+}
+
+ENTRY %main (arg: f32[6,4,8]) -> f32[6,4,8] {
+  %arg = f32[6,4,8]{2,1,0:T(8,128)} parameter(0)
+  %start = s32[] constant(0)
+  %in = (s32[], f32[6,4,8]{2,1,0}) tuple(%start, %arg)
+  %loop = (s32[], /*index=1*/f32[6,4,8]{2,1,0}) while(%in), condition=%condition, body=%body
+  %gathered = bf16[64]{0:T(256)} all-gather(bf16[16]{0} %shard), replica_groups={{0,1,2,3}}
+  %near = f32[4]{0:T(128)S(1)} copy(%start)
+  ROOT %result = f32[6,4,8]{2,1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_loops_body_counts_as_often_as_it_runs():
+    program = hlo.parse(LOOP)
+
+    reduced, gathered = costs.collectives(program, devices=8)
+
+    assert (reduced.kind, reduced.dtype, reduced.count) == ("all-reduce", "f32", 6)
+    assert reduced.bytes == 6 * 4 * 8 * 4
+    assert reduced.sent == pytest.approx(reduced.bytes * 2 * 3 / 4)  # a ring of four
+    assert (gathered.kind, gathered.count, gathered.bytes) == ("all-gather", 1, 128)
+    assert gathered.sent == pytest.approx(128 * 3 / 4)
+
+
+def test_traffic_counts_the_slice_and_not_the_stack():
+    moved = costs.traffic(hlo.parse(LOOP))
+
+    layer, scalar = 4 * 8 * 4, 4
+    sliced = 2 * layer + scalar
+    by_iteration = sliced + 2 * layer + 2 * layer + 3 * scalar
+    condition = 0  # its own few bytes are not worth telling
+    gather, near = 128, scalar
+    assert moved == 6 * by_iteration + condition + gather + near
+
+
+def test_cycles_are_summed_and_kernels_without_an_estimate_are_named():
+    found = costs.cycles(hlo.parse(LOOP))
+
+    assert found is not None
+    assert (found.total, found.by_kind) == (60, {"layer": 60})
+    assert found.without == {"tpu_custom_call": 6}
+    assert costs.cycles(hlo.parse(LOOP.replace("estimated_cycles", "other"))) is None
+
+
+def test_communication_of_a_real_program_is_counted_by_kind_and_size():
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+    def layers(stack, x):
+        def layer(x, w):
+            y = jax.lax.with_sharding_constraint(x @ w, NamedSharding(mesh, P("data", None)))
+            return jnp.tanh(y), None
+
+        return jax.lax.scan(layer, x, stack)[0]
+
+    stack = jax.ShapeDtypeStruct((5, 64, 64), jnp.float32)
+    lies = (NamedSharding(mesh, P(None, "tensor", None)), NamedSharding(mesh, P("data", "tensor")))
+    x = jax.ShapeDtypeStruct((16, 64), jnp.float32)
+    compiled = jax.jit(layers, in_shardings=lies).lower(stack, x).compile()
+
+    found = costs.collectives(hlo.parse(compiled.as_text()), devices=8)
+
+    reduced = next(row for row in found if row.kind == "all-reduce")
+    assert reduced.count == 5
+    assert reduced.bytes == 5 * 8 * 64 * 4  # of each device's eight rows
+    assert costs.traffic(hlo.parse(compiled.as_text())) >= 5 * 16 * 64 * 4  # its share of weights
