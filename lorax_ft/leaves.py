@@ -21,6 +21,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 Array = jax.Array
+PRODUCT = "product"  # the `checkpoint_name` of what is dear to compute and cheap to keep
 _T = TypeVar("_T", bound=type)
 _L = TypeVar("_L", bound="Leaf")
 

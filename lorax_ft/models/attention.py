@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
+from lorax_ft.leaves import PRODUCT
 from lorax_ft.models.layers import (
     Array,
     ComputeConfig,
@@ -143,7 +145,8 @@ class Attention(nn.Module):
                 bias=bias,
             )
         use_bias = self.use_bias if self.use_output_bias is None else self.use_output_bias
-        return self._dense(x.shape[-1], use_bias, "output")(y.reshape(*y.shape[:-2], -1))
+        y = checkpoint_name(y.reshape(*y.shape[:-2], -1), PRODUCT)
+        return self._dense(x.shape[-1], use_bias, "output")(y)
 
     def _project(self, x: Array) -> tuple[Array, Array, Array]:
         """Queries, keys and values, `[batch, length, heads, head_dim]` each."""
@@ -230,7 +233,7 @@ class CrossAttention(nn.Module):
             rng = self.make_rng("dropout") if has_dropout else None
             y = attend(query, key, value, mask, False, self.dropout_rate, rng, scale=self.scale)
         dense = Dense(x.shape[-1], self.compute, False, self.stddev, name="output")
-        return dense(y.reshape(*y.shape[:-2], -1))
+        return dense(checkpoint_name(y.reshape(*y.shape[:-2], -1), PRODUCT))
 
     def _heads(self, name: str, x: Array) -> Array:
         """Queries, keys or values: `[batch, length, heads, head_dim]`."""
@@ -303,17 +306,21 @@ def attend(
     query = (query * factor).reshape(batch, length, kv_heads, -1, head_dim)
     query = query.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    query, key, value = (checkpoint_name(x, PRODUCT) for x in (query, key, value))
     scores = einsum_float32("bktd,bksd->bkts", query, key)
     scores = scores.reshape(batch, kv_heads, -1, length, key.shape[2])
     if softcap is not None:
         scores = softcapped(scores, softcap)
     if bias is not None:
         scores = scores + _by_kv_head(bias.astype(jnp.float32), kv_heads)
-    lowest = jnp.finfo(jnp.float32).min
-    if (seen := seen_keys(length, key.shape[2], is_causal, window, first)) is not None:
-        scores = jnp.where(seen[None, None, None], scores, lowest)
+    seen = seen_keys(length, key.shape[2], is_causal, window, first)
+    seen = None if seen is None else seen[None, None, None]
     if mask is not None:
-        scores = jnp.where(mask[:, :, None], scores, lowest)
+        seen = mask[:, :, None] if seen is None else seen & mask[:, :, None]
+    if seen is not None:
+        # The lowest number swallows any score, as `where` would; but a TPU's compiler writes the
+        # condition of a `where` out for every head, and reads it again in the backward pass.
+        scores = scores + jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1)
     if dropout_key is not None:
         weights = drop(weights, dropout_rate, dropout_key)

@@ -8,6 +8,7 @@ stands for may then be replaced by anything that can do these two.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from lorax_ft.leaves import PRODUCT
 from lorax_ft.products import product
 
 Array = jax.Array
@@ -27,7 +29,9 @@ LAYER_INPUT = "layer_input"  # what `layer_input` calls it
 
 # What the backward pass may keep of a layer instead of computing it again; None keeps everything.
 # With "full" that is the layer's input alone; "offload" keeps it in the host's memory, and
-# "offload_dots" what the products with kernels made, too.
+# "offload_dots" what the products with kernels made, too. "products" keeps what products with
+# kernels give, what goes into attention and what comes out: not what is quick to compute from that,
+# such as norms, activations and the weights of attention.
 REMAT_POLICIES: Mapping[str, Callable[..., Any] | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -40,6 +44,7 @@ REMAT_POLICIES: Mapping[str, Callable[..., Any] | None] = {
         offload_dst="pinned_host",
     ),
     "offload_dots": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    "products": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 
 # How attention is computed: by plain products, or by NVIDIA's fused kernel (half precision only).
@@ -100,7 +105,7 @@ class Dense(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), param_dtype)
             y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-        return y
+        return checkpoint_name(y, PRODUCT)
 
 
 def head(features: int, compute: ComputeConfig, stddev: float, name: str) -> Dense:
@@ -194,6 +199,36 @@ def activate(x: Array, name: str) -> Array:
         return ACTIVATIONS[name](x.astype(jnp.float32)).astype(x.dtype)
 
     return in_float32(x) if x.dtype == jnp.float32 else jax.checkpoint(in_float32)(x)
+
+
+def gated(gate: Array, up: Array, name: str) -> Array:
+    """`activation(gate) * up` (Shazeer 2020), computed in float32.
+
+    In half precision gradients compute it again, from `gate` and `up`, in one pass over both.
+    """
+    return (_in_float32 if gate.dtype == jnp.float32 else _gated)(name, gate, up)
+
+
+def _in_float32(name: str, gate: Array, up: Array) -> Array:
+    y = ACTIVATIONS[name](gate.astype(jnp.float32)) * up.astype(jnp.float32)
+    return y.astype(gate.dtype)
+
+
+_gated = jax.custom_vjp(_in_float32, nondiff_argnums=(0,))
+
+
+def _gated_forward(name: str, gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _gated(name, gate, up), (gate, up)
+
+
+def _gated_backward(name: str, inputs: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    # Behind a barrier, or steps of the forward pass would be kept in float32 instead.
+    inputs, gradient = lax.optimization_barrier((inputs, gradient))
+    _, pull = jax.vjp(functools.partial(_in_float32, name), *inputs)
+    return pull(gradient)
+
+
+_gated.defvjp(_gated_forward, _gated_backward)
 
 
 def dropout(module: nn.Module, x: Array, rate: float) -> Array:

@@ -26,7 +26,7 @@ from lorax_ft.models.layers import (
     Dense,
     Embedding,
     RMSNorm,
-    activate,
+    gated,
     head,
     last_token,
     layer_input,
@@ -403,5 +403,5 @@ class LlamaMLP(nn.Module):
             stddev = config.initializer_range
             return Dense(features, self.compute, config.mlp_bias, stddev, name=name)
 
-        gate = activate(dense(config.intermediate_size, "gate")(x), config.hidden_act)
-        return dense(config.hidden_size, "down")(gate * dense(config.intermediate_size, "up")(x))
+        gate, up = (dense(config.intermediate_size, name)(x) for name in ("gate", "up"))
+        return dense(config.hidden_size, "down")(gated(gate, up, config.hidden_act))

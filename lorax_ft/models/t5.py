@@ -23,6 +23,7 @@ from lorax_ft.models.layers import (
     RMSNorm,
     activate,
     dropout,
+    gated,
     layer_input,
     run_layers,
 )
@@ -311,7 +312,7 @@ class T5MLP(nn.Module):
             return Dense(features, self.compute, False, stddev, name=name)(x)
 
         if config.is_gated:
-            y = activate(dense(inner, "gate", x), config.hidden_act) * dense(inner, "up", x)
+            y = gated(dense(inner, "gate", x), dense(inner, "up", x), config.hidden_act)
         else:
             y = activate(dense(inner, "up", x), config.hidden_act)
         return dense(config.hidden_size, "down", dropout(self, y, config.dropout_rate))

@@ -5,7 +5,14 @@ from lorax_ft.planning.plan import Plan, Roofline, make_plan
 from lorax_ft.planning.report import largest_text, plan_text, suggestions_text, verdict
 from lorax_ft.planning.search import Largest, largest
 from lorax_ft.planning.suggestions import SUGGESTIONS, Suggestion, Trial, suggest
-from lorax_ft.planning.targets import Compiler, Target, compiler, parse_target, prepare_process
+from lorax_ft.planning.targets import (
+    Compiler,
+    Target,
+    compiler,
+    missing,
+    parse_target,
+    prepare_process,
+)
 
 __all__ = [
     "SUGGESTIONS",
@@ -20,6 +27,7 @@ __all__ = [
     "largest",
     "largest_text",
     "make_plan",
+    "missing",
     "parse_target",
     "plan_text",
     "plot_plans",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from lorax_ft.planning.hlo import Array, Computation, Instruction, Program
 
@@ -15,6 +15,7 @@ _FREE = {
     *("while", "conditional", "call", "after-all", "partition-id", "replica-id"),
     *("async-start", "async-update", "async-done", "copy-done", "slice-done"),
 }
+_ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 _SLICES = ("dynamic-slice", "gather", "slice")
 
 
@@ -101,18 +102,25 @@ def traffic(program: Program) -> int:
 def cycles(program: Program) -> Cycles | None:
     """The sum of the TPU compiler's estimates; None for a program of another compiler."""
     by_kind: collections.Counter[str] = collections.Counter()
+    for instruction, estimate, times in estimates(program):
+        by_kind[re.sub(r"[.\d]+$", "", instruction.name)] += estimate * times
     without: collections.Counter[str] = collections.Counter()
     for instruction, _, times in program.executed():
-        if estimate := re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes):
-            kind = re.sub(r"[.\d]+$", "", instruction.name)
-            by_kind[kind] += int(estimate.group(1)) * times
-        elif target := re.search(r'custom_call_target="([^"]+)"', instruction.attributes):
+        target = re.search(r'custom_call_target="([^"]+)"', instruction.attributes)
+        if target and not _ESTIMATE.search(instruction.attributes):
             without[target.group(1)] += times
     if not by_kind:
         return None
     return Cycles(
         total=sum(by_kind.values()), by_kind=dict(by_kind.most_common()), without=dict(without)
     )
+
+
+def estimates(program: Program) -> Iterator[tuple[Instruction, int, int]]:
+    """(instruction, cycles of one run, how often it runs) of all that the compiler has told."""
+    for instruction, _, times in program.executed():
+        if found := _ESTIMATE.search(instruction.attributes):
+            yield instruction, int(found.group(1)), times
 
 
 def _group_size(instruction: Instruction, devices: int) -> int:
