@@ -183,7 +183,20 @@ def make_outputs(model: Model, mesh: jax.sharding.Mesh | None = None) -> Callabl
     at once than each device of the mesh may, by the model's `compute.logits_bytes`."""
     devices = 1 if mesh is None else mesh.size
     compute = dataclasses.replace(model.compute, logits_bytes=devices * model.compute.logits_bytes)
-    return _with_key(lift(dataclasses.replace(model, compute=compute).outputs))
+    if mesh is not None:
+        compute = dataclasses.replace(compute, platform=mesh.devices.flat[0].platform)
+    outputs = _with_key(lift(dataclasses.replace(model, compute=compute).outputs))
+    return outputs if mesh is None else _within(mesh, outputs)
+
+
+def _within(mesh: jax.sharding.Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with the mesh as its context, for kernels that each device runs by itself."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def _with_key(lifted: Callable[..., Any]) -> Callable[..., Any]:

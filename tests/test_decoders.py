@@ -12,7 +12,7 @@ from lorax_ft import models, trees
 from lorax_ft.inspection import inspect
 from lorax_ft.lift import lift
 from lorax_ft.methods import LoraConfig, add_lora
-from lorax_ft.models.attention import attend
+from lorax_ft.models.attending import Products, Seen, attend
 from lorax_ft.models.decoders import FULL, SLIDING, VARIANTS
 from tests.test_llama import TOLERANCE, assert_same_tokens, recorded
 
@@ -74,7 +74,7 @@ def test_a_sequence_is_classified_by_its_last_token_as_in_transformers(which):
 def test_a_window_is_jaxs_own(window):
     query, key, value = qkv()
 
-    ours = attend(query, key, value, None, True, window=window)
+    ours = attend(query, key, value, Seen(is_causal=True, window=window))
     jaxs = jax.nn.dot_product_attention(
         query, key, value, is_causal=True, local_window_size=(window - 1, 0)
     )
@@ -85,12 +85,12 @@ def test_a_window_is_jaxs_own(window):
 def test_a_small_softcap_evens_the_weights_and_a_large_one_changes_nothing():
     query, key, value = qkv()
 
-    even = attend(query, key, value, None, False, softcap=1e-6)
-    same = attend(query, key, value, None, False, softcap=1e6)
+    even = attend(query, key, value, products=Products(softcap=1e-6))
+    same = attend(query, key, value, products=Products(softcap=1e6))
 
     mean = jnp.repeat(value.mean(axis=1, keepdims=True), 2, axis=2)
     np.testing.assert_allclose(even, jnp.broadcast_to(mean, even.shape), atol=1e-5)
-    np.testing.assert_allclose(same, attend(query, key, value, None, False), atol=1e-5)
+    np.testing.assert_allclose(same, attend(query, key, value), atol=1e-5)
 
 
 def test_a_fused_kernel_that_knows_no_softcap_is_refused():

@@ -9,7 +9,7 @@ import pytest
 
 from lorax_ft import models, trees
 from lorax_ft.inspection import inspect
-from lorax_ft.models.attention import attend, attend_fused
+from lorax_ft.models.attending import Products, Seen, attend, cudnn
 from lorax_ft.models.layers import activate, gelu
 from lorax_ft.products import einsum_float32, product
 
@@ -197,7 +197,7 @@ def test_attention_is_jaxs_own(is_causal):
     query, key, value = qkv()
     mask = jnp.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], bool)[:, None, None]
 
-    ours = attend(query, key, value, mask, is_causal)
+    ours = attend(query, key, value, Seen(mask=mask, is_causal=is_causal))
     jaxs = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal)
 
     np.testing.assert_allclose(ours, jaxs, atol=1e-6)
@@ -209,7 +209,7 @@ def test_the_fused_kernel_is_asked_for_with_a_whole_mask(monkeypatch):
         jax.nn, "dot_product_attention", lambda *args, **kwargs: asked.update(kwargs)
     )
 
-    attend_fused(*qkv(), jnp.ones((2, 1, 1, 5), bool), True)
+    cudnn(*qkv(), Seen(mask=jnp.ones((2, 1, 1, 5), bool), is_causal=True), Products())
 
     assert asked["mask"].shape == (2, 1, 5, 5)
     assert (asked["implementation"], asked["is_causal"]) == ("cudnn", True)
@@ -218,7 +218,9 @@ def test_the_fused_kernel_is_asked_for_with_a_whole_mask(monkeypatch):
 def test_dropped_attention_weights_keep_their_mean():
     ones = jnp.ones((1, 64, 1, 4))
 
-    output = attend(ones, ones, ones, None, False, 0.25, jax.random.key(0))
+    output = attend(
+        ones, ones, ones, Seen(), Products(dropout_rate=0.25, dropout_key=jax.random.key(0))
+    )
 
     assert output.std() > 0.01
     np.testing.assert_allclose(output.mean(), 1, atol=0.03)  # 4096 weights: 0.009 a deviation

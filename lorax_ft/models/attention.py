@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -16,14 +15,14 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lorax_ft.leaves import PRODUCT
+from lorax_ft.models.attending import Products, Seen, attend
 from lorax_ft.models.layers import (
     Array,
     ComputeConfig,
     Dense,
     RMSNorm,
-    drop,
+    dropout_key,
 )
-from lorax_ft.products import einsum_float32, softcapped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,33 +116,27 @@ class Attention(nn.Module):
             before = key.shape[1] - x.shape[1]
             key, value, start = self._keep(key, value, mask)
             first = start + before
-        if segments is not None:
-            mask, window = _within_segments(mask, segments, key.shape[1], window), None
-        has_dropout = self.dropout_rate > 0 and self.has_rng("dropout")
-        if self.compute.attention == "cudnn" and not has_dropout:
-            if self.softcap is not None:
-                raise ValueError(
-                    "ComputeConfig.attention 'cudnn' knows no softcap, which this model has: "
-                    "say 'xla'."
-                )
-            y = attend_fused(
-                query, key, value, mask, self.is_causal, self.scale, window, first, bias
-            )
-        else:
-            y = attend(
-                query,
-                key,
-                value,
-                mask,
-                self.is_causal,
-                self.dropout_rate,
-                self.make_rng("dropout") if has_dropout else None,
-                scale=self.scale,
-                softcap=self.softcap,
+        y = attend(
+            query,
+            key,
+            value,
+            Seen(
+                mask=mask,
+                is_causal=self.is_causal,
                 window=window,
                 first=first,
+                segments=segments,
+            ),
+            Products(
+                scale=self.scale,
+                softcap=self.softcap,
                 bias=bias,
-            )
+                dropout_rate=self.dropout_rate,
+                dropout_key=dropout_key(self, self.dropout_rate),
+            ),
+            kernel=self.compute.attention,
+            platform=self.compute.platform,
+        )
         use_bias = self.use_bias if self.use_output_bias is None else self.use_output_bias
         y = checkpoint_name(y.reshape(*y.shape[:-2], -1), PRODUCT)
         return self._dense(x.shape[-1], use_bias, "output")(y)
@@ -226,12 +219,20 @@ class CrossAttention(nn.Module):
         if self.is_mutable_collection("cache") and not self.is_initializing():
             self.put_variable("cache", "key", key)
             self.put_variable("cache", "value", value)
-        has_dropout = self.dropout_rate > 0 and self.has_rng("dropout")
-        if self.compute.attention == "cudnn" and not has_dropout:
-            y = attend_fused(query, key, value, mask, False, self.scale)
-        else:
-            rng = self.make_rng("dropout") if has_dropout else None
-            y = attend(query, key, value, mask, False, self.dropout_rate, rng, scale=self.scale)
+        products = Products(
+            scale=self.scale,
+            dropout_rate=self.dropout_rate,
+            dropout_key=dropout_key(self, self.dropout_rate),
+        )
+        y = attend(
+            query,
+            key,
+            value,
+            Seen(mask=mask),
+            products,
+            kernel=self.compute.attention,
+            platform=self.compute.platform,
+        )
         dense = Dense(x.shape[-1], self.compute, False, self.stddev, name="output")
         return dense(checkpoint_name(y.reshape(*y.shape[:-2], -1), PRODUCT))
 
@@ -253,137 +254,6 @@ def _after(past: Array, present: Array) -> Array:
     past = past.astype(present.dtype).reshape(1, -1, heads, head_dim)
     past = jnp.broadcast_to(past, (batch, *past.shape[1:]))
     return jnp.concatenate([past, present], axis=1)
-
-
-def _within_segments(
-    mask: Array | None, segments: Array, keys: int, window: int | Array | None
-) -> Array:
-    """The mask `[batch, 1, 1, keys]` as `[batch, 1, length, keys]`: only what is of one segment is
-    seen, and the keys that stand before all segments, which stand right before each of them: both
-    within the window."""
-    before = keys - segments.shape[1]
-    places = jnp.broadcast_to(jnp.arange(segments.shape[1])[None], segments.shape)
-    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    places = before + places - lax.cummax(jnp.where(begins, places, 0), axis=1)
-    padding = ((0, 0), (before, 0))
-    of_keys = jnp.pad(segments, padding, constant_values=-1)[:, None, None, :]
-    seen = (segments[:, None, :, None] == of_keys) | (of_keys == -1)
-    if window is not None:
-        first = jnp.broadcast_to(jnp.arange(before)[None], (len(segments), before))
-        place_of_keys = jnp.concatenate([first, places], axis=1)[:, None, None, :]
-        seen &= places[:, None, :, None] - place_of_keys < window
-    return seen if mask is None else seen & mask
-
-
-def attend(
-    query: Array,
-    key: Array,
-    value: Array,
-    mask: Array | None,
-    is_causal: bool,
-    dropout_rate: float = 0.0,
-    dropout_key: Array | None = None,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-    window: int | Array | None = None,
-    first: int | Array | None = None,
-    bias: Array | None = None,
-) -> Array:
-    """Scaled dot-product attention by plain products, the softmax in float32.
-
-    `query` is `[batch, length, heads, head_dim]`, `key` and `value` have fewer heads or as many.
-    The first query stands at key `first`; where None, the last one at the last key. `bias`
-    `[1 or batch, heads, length, keys]` is added to the products. It is
-    `jax.nn.dot_product_attention` with dropout of the attention weights and a softcap of the
-    products beside, and gradients of bfloat16 that are not mixed products.
-    """
-    batch, length, heads, head_dim = query.shape
-    kv_heads = key.shape[2]
-    factor = jnp.asarray(1 / math.sqrt(head_dim) if scale is None else scale, query.dtype)
-    # Heads first, and the queries that share a key's head as more rows of it: every product is then
-    # a plain batched one, which XLA:CPU computes a third faster than with heads inside.
-    query = (query * factor).reshape(batch, length, kv_heads, -1, head_dim)
-    query = query.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
-    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-    query, key, value = (checkpoint_name(x, PRODUCT) for x in (query, key, value))
-    scores = einsum_float32("bktd,bksd->bkts", query, key)
-    scores = scores.reshape(batch, kv_heads, -1, length, key.shape[2])
-    if softcap is not None:
-        scores = softcapped(scores, softcap)
-    if bias is not None:
-        scores = scores + _by_kv_head(bias.astype(jnp.float32), kv_heads)
-    seen = seen_keys(length, key.shape[2], is_causal, window, first)
-    seen = None if seen is None else seen[None, None, None]
-    if mask is not None:
-        seen = mask[:, :, None] if seen is None else seen & mask[:, :, None]
-    if seen is not None:
-        # The lowest number swallows any score, as `where` would; but a TPU's compiler writes the
-        # condition of a `where` out for every head, and reads it again in the backward pass.
-        scores = scores + jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1)
-    if dropout_key is not None:
-        weights = drop(weights, dropout_rate, dropout_key)
-    weights = weights.astype(value.dtype).reshape(batch, kv_heads, -1, key.shape[2])
-    y = jnp.einsum("bkts,bksd->bktd", weights, value)
-    y = y.reshape(batch, heads, length, head_dim)
-    return y.transpose(0, 2, 1, 3)
-
-
-def _by_kv_head(bias: Array, kv_heads: int) -> Array:
-    """`[batch, heads, length, keys]` as `[batch, kv_heads, heads of each, length, keys]`."""
-    return bias.reshape(bias.shape[0], kv_heads, -1, *bias.shape[2:])
-
-
-def attend_fused(
-    query: Array,
-    key: Array,
-    value: Array,
-    mask: Array | None,
-    is_causal: bool,
-    scale: float | None = None,
-    window: int | Array | None = None,
-    first: int | Array | None = None,
-    bias: Array | None = None,
-) -> Array:
-    """Attention by cuDNN's fused kernel, which keeps no matrix of weights."""
-    length, keys = query.shape[1], key.shape[1]
-    # cuDNN's own window is a constant, which one in a scanned layer is not; its own causal mask is
-    # of as many keys as queries
-    if window is not None or (is_causal and keys != length):
-        seen = seen_keys(length, keys, is_causal, window, first)
-        assert seen is not None
-        mask, is_causal = seen[None, None] if mask is None else mask & seen[None, None], False
-    if mask is not None:  # cuDNN does not broadcast it over queries
-        mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, keys))
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        bias=bias if bias is None else bias.astype(query.dtype),
-        mask=mask,
-        is_causal=is_causal,
-        scale=scale,
-        implementation="cudnn",
-    )
-
-
-def seen_keys(
-    length: int,
-    keys: int,
-    is_causal: bool,
-    window: int | Array | None,
-    first: int | Array | None = None,
-) -> Array | None:
-    """Which keys each query sees: `[length, keys]`; None where all. The first stands at `first`."""
-    if window is None and not is_causal:
-        return None
-    first = keys - length if first is None else first
-    behind = first + jnp.arange(length)[:, None] - jnp.arange(keys)[None]
-    if window is None:
-        return behind >= 0
-    seen = behind < window
-    return seen & (behind >= 0) if is_causal else seen & (behind > -window)
 
 
 # --- Rotary positions -----------------------------------------------------------------------------

@@ -47,8 +47,8 @@ REMAT_POLICIES: Mapping[str, Callable[..., Any] | None] = {
     "products": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 
-# How attention is computed: by plain products, or by NVIDIA's fused kernel (half precision only).
-ATTENTIONS = ("xla", "cudnn")
+# How attention is computed: see `attending.KERNELS`; "auto" chooses for the platform.
+ATTENTIONS = ("auto", "xla", "cudnn", "splash")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,8 @@ class ComputeConfig:
     param_dtype: str = "float32"
     scan_layers: bool = True  # one compiled layer over stacked arrays, or each layer its own arrays
     remat: str = "none"  # a key of REMAT_POLICIES
-    attention: str = "xla"  # one of ATTENTIONS
+    attention: str = "auto"  # one of ATTENTIONS
+    platform: str = ""  # "cpu", "gpu" or "tpu": what is compiled for, where it is not this process'
     logits_bytes: int = 2**28  # of a vocabulary's logits that a device holds at once for a loss
 
     def __post_init__(self):
@@ -233,9 +234,13 @@ _gated.defvjp(_gated_forward, _gated_backward)
 
 def dropout(module: nn.Module, x: Array, rate: float) -> Array:
     """Zeroes each number with probability `rate`, where `module` has a key named "dropout"."""
-    if rate == 0 or not module.has_rng("dropout"):
-        return x
-    return drop(x, rate, module.make_rng("dropout"))
+    key = dropout_key(module, rate)
+    return x if key is None else drop(x, rate, key)
+
+
+def dropout_key(module: nn.Module, rate: float) -> Array | None:
+    """A key of `module`'s own for dropout at a rate; None where nothing is to be dropped."""
+    return module.make_rng("dropout") if rate > 0 and module.has_rng("dropout") else None
 
 
 def drop(x: Array, rate: float, key: Array) -> Array:
