@@ -224,9 +224,12 @@ def train_real(name, config):
     return jax.device_get(train), losses
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_a_real_model_trains_on_eight_devices_as_on_one(name):
-    one, eight = train_real(name, None), train_real(name, MESH)
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("bert", MESH), ("llama", MESH), ("llama", MeshConfig(fsdp=2, sequence=2, tensor=2))],
+)
+def test_a_real_model_trains_on_eight_devices_as_on_one(name, config):
+    one, eight = train_real(name, None), train_real(name, config)
 
     np.testing.assert_allclose(eight[1], one[1], rtol=1e-5)
     assert one[1][-1] < one[1][0]
@@ -325,13 +328,14 @@ def test_a_kernel_that_does_not_divide_is_an_error_unless_its_rule_allows_it():
 
 
 @pytest.mark.parametrize(("config", "shape"), [
-    (MeshConfig(), (1, 1, 1)),
-    (MeshConfig(fsdp=-1), (1, 8, 1)),
-    (MeshConfig(data=2, fsdp=-1, tensor=2), (2, 2, 2)),
-    (MeshConfig(tensor=4), (1, 1, 4)),
+    (MeshConfig(), (1, 1, 1, 1)),
+    (MeshConfig(fsdp=-1), (1, 8, 1, 1)),
+    (MeshConfig(data=2, fsdp=-1, tensor=2), (2, 2, 1, 2)),
+    (MeshConfig(sequence=2, tensor=4), (1, 1, 2, 4)),
 ])  # fmt: skip
 def test_meshes_have_the_axes_asked_for(config, shape):
-    assert tuple(make_mesh(config).shape.items()) == tuple(zip(("data", "fsdp", "tensor"), shape))
+    axes = ("data", "fsdp", "sequence", "tensor")
+    assert tuple(make_mesh(config).shape.items()) == tuple(zip(axes, shape))
 
 
 @pytest.mark.parametrize(("fields", "message"), [
@@ -361,6 +365,18 @@ def test_a_batch_is_split_over_data_and_fsdp_and_keeps_its_rows():
     assert all(np.array_equal(found[name], batch[name]) for name in batch)
 
 
+def test_texts_are_split_over_sequence():
+    batch = {"input_ids": np.arange(48, dtype=np.int32).reshape(8, 6), "weights": np.ones(8)}
+
+    found = shard_batch(batch, make_mesh(MeshConfig(data=2, sequence=2, tensor=2)))
+
+    assert found["input_ids"].addressable_shards[0].data.shape == (4, 3)
+    assert found["weights"].addressable_shards[0].data.shape == (4,)
+    assert all(np.array_equal(found[name], batch[name]) for name in batch)
+
+
 def test_a_batch_that_does_not_divide_is_an_error():
     with pytest.raises(ValueError, match=r"batch of 6 rows .* 4 devices"):
         shard_batch({"labels": np.zeros(6, np.int32)}, make_mesh(MESH))
+    with pytest.raises(ValueError, match=r"Rows of 5 places .* sequence = 2"):
+        shard_batch(batch_of(0), make_mesh(MeshConfig(sequence=2)))

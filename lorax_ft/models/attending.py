@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lorax_ft.leaves import PRODUCT
 from lorax_ft.models.layers import Array, drop
@@ -24,7 +25,7 @@ from lorax_ft.products import einsum_float32, softcapped
 
 LANES = 128  # of a TPU: lengths that splash attention computes are multiples of it
 SHORTEST = 256  # keys from which on a kernel that keeps no weights is chosen by itself
-BATCH, HEADS = ("data", "fsdp"), "tensor"  # axes of a mesh that split them
+ROWS, SEQUENCE, HEADS = ("data", "fsdp"), "sequence", "tensor"  # axes of a mesh that split them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,50 +207,72 @@ def splash(
     """`attend` by JAX's splash attention, which leaves out blocks that no query sees.
 
     Padding sees padding: what is computed there differs from other kernels', and nothing reads it.
-    On a mesh each device computes the rows and heads that it has. `interpret` needs no TPU.
+    On a mesh each device computes the rows, heads and queries that it has. Tests `interpret` it.
     """
-    length, head_dim = query.shape[1], query.shape[3]
-    segments = _segments(seen, query.shape[0], length)
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
+    length, heads, head_dim = query.shape[1:]
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes: Mapping[str, int] = {} if mesh.empty else dict(mesh.shape)
+    parts = sizes.get(SEQUENCE, 1)
+    by_head = HEADS if key.shape[2] % sizes.get(HEADS, 1) == 0 else None
+    missing = -length % (LANES * parts)
+    window = None if seen.window is None else int(seen.window)
+    shape = (heads, (length + missing) // parts, length + missing)
+    shards = {"head_shards": sizes.get(by_head, 1), "q_seq_shards": parts}
+    kernel = _splash_kernel(
+        shape, seen.is_causal, window, products.softcap, interpret=interpret, **shards
+    )
+
+    def compute(kernel: Any, query: Array, key: Array, value: Array, own: Array, whole: Array):
+        each = jax.vmap(lambda q, k, v, own, whole: kernel(q, k, v, SegmentIds(own, whole)))
+        heads_first = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
+        return each(*heads_first, own, whole).transpose(0, 2, 1, 3)
+
     query = query * jnp.asarray(products.factor(head_dim), query.dtype)
-    missing = -length % LANES
     query, key, value = (
         checkpoint_name(jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))), PRODUCT)
         for x in (query, key, value)
     )
+    segments = _segments(seen, query.shape[0], length)
     segments = jnp.pad(segments, ((0, 0), (0, missing)), constant_values=-1)
-    window = None if seen.window is None else int(seen.window)
-
-    def compute(query: Array, key: Array, value: Array, segments: Array) -> Array:
-        from jax.experimental.pallas.ops.tpu import splash_attention as kernels
-
-        kernel = _splash_kernel(
-            query.shape[2], length + missing, seen.is_causal, window, products.softcap, interpret
+    if math.prod(sizes.values()) > 1:
+        rows, places = (
+            tuple(axis for axis in ROWS if axis in sizes),
+            SEQUENCE if parts > 1 else None,
         )
-        each = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, kernels.SegmentIds(ids, ids)))
-        heads_first = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
-        return each(*heads_first, segments).transpose(0, 2, 1, 3)
-
-    y = _on_mesh(compute, key.shape[2])(query, key, value, segments)
+        of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(by_head, places)))
+        of_queries = PartitionSpec(rows, places, by_head, None)
+        of_keys = PartitionSpec(rows, None, by_head, None)
+        ids = PartitionSpec(rows, places), PartitionSpec(rows)
+        compute = jax.shard_map(
+            compute,
+            mesh=mesh,
+            in_specs=(of_kernel, of_queries, of_keys, of_keys, *ids),
+            out_specs=of_queries,
+            check_vma=False,
+        )
+    y = compute(kernel, query, key, value, segments, segments)
     return y[:, :length].astype(value.dtype)
 
 
 def _splash_kernel(
-    heads: int,
-    length: int,
+    shape: tuple[int, int, int],
     is_causal: bool,
     window: int | None,
     softcap: float | None,
-    interpret: bool,
-) -> Callable[..., Array]:
+    **options: Any,
+) -> Any:
+    """The kernel for `shape`: heads, queries that a device has, and keys."""
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
-    shape = (length, length)
+    heads, queries, keys = shape
     if window is not None:
         sides = (window - 1, 0 if is_causal else window - 1)
-        mask = kernels.LocalMask(shape, sides, 0)
+        mask = kernels.LocalMask((keys, keys), sides, 0)
     else:
-        mask = kernels.CausalMask(shape) if is_causal else kernels.FullMask(shape)
-    block = next(size for size in (512, 256, LANES) if length % size == 0)
+        mask = (kernels.CausalMask if is_causal else kernels.FullMask)((keys, keys))
+    block = next(size for size in (512, 256, LANES) if queries % size == 0)
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv")
     names += ("block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
     return kernels.make_splash_mha(
@@ -257,9 +280,7 @@ def _splash_kernel(
         block_sizes=kernels.BlockSizes(**dict.fromkeys(names, block)),
         attn_logits_soft_cap=softcap,
         residual_checkpoint_name=PRODUCT,
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=interpret,
+        **options,
     )
 
 
@@ -268,20 +289,6 @@ def _segments(seen: Seen, batch: int, length: int) -> Array:
     ones = jnp.ones((batch, length), jnp.int32)
     segments = ones if seen.segments is None else seen.segments.astype(jnp.int32)
     return segments if seen.mask is None else jnp.where(seen.mask[:, 0, 0], segments, 0)
-
-
-def _on_mesh(compute: Callable[..., Array], kv_heads: int) -> Callable[..., Array]:
-    """The function for each device's rows and heads, where the context has a mesh of several."""
-    mesh = jax.sharding.get_abstract_mesh()
-    sizes: Mapping[str, int] = {} if mesh.empty else dict(mesh.shape)
-    if math.prod(sizes.values()) == 1:
-        return compute
-    heads = HEADS if kv_heads % sizes.get(HEADS, 1) == 0 else None
-    rows = PartitionSpec(tuple(axis for axis in BATCH if axis in sizes))
-    whole = PartitionSpec(*rows, None, heads, None)
-    return jax.shard_map(
-        compute, mesh=mesh, in_specs=(whole, whole, whole, rows), out_specs=whole, check_vma=False
-    )
 
 
 # --- The table ------------------------------------------------------------------------------------

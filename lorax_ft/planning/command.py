@@ -56,7 +56,7 @@ def parse_mesh(text: str) -> MeshConfig:
     """The mesh that `--mesh` names. Raises ValueError for another axis and for what is no number.
 
     >>> parse_mesh("data=1,fsdp=8,tensor=2")
-    MeshConfig(data=1, fsdp=8, tensor=2)
+    MeshConfig(data=1, fsdp=8, sequence=1, tensor=2)
     """
     sizes = {}
     for item in text.split(","):

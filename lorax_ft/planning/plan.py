@@ -145,7 +145,7 @@ def on_mesh(config: ExperimentConfig, target: Target) -> ExperimentConfig:
     rest, left = divmod(target.count, fixed)
     sizes = {axis: rest if size == -1 else size for axis, size in sizes.items()}
     mesh = MeshConfig(**sizes)
-    if left or mesh.data * mesh.fsdp * mesh.tensor != target.count:
+    if left or mesh.size != target.count:
         raise ValueError(
             f"--mesh: {', '.join(f'{a}={n}' for a, n in dataclasses.asdict(config.mesh).items())} "
             f"is not a mesh of the {target.count} devices of {target.name}. Their product must be "
@@ -225,11 +225,10 @@ def _parts(
     compiler refused, its figure is taken, and where that lacks too, what is known.
     """
     parts = state_parts(step.train, step.frozen, step.opt_state, step.batch, step.key)
-    arguments, mesh = sum(parts.values()), step.mesh.shape
+    arguments = sum(parts.values())
     known = {"gradients": _gradient_bytes(step.train, accumulation), "logits": 0}
     if logits := largest_logits(jaxpr, step.vocabulary):
-        split = mesh["data"] * mesh["fsdp"] * mesh["tensor"]
-        known["logits"] = 4 * math.prod(logits) // split
+        known["logits"] = 4 * math.prod(logits) // step.mesh.size
     padding = code = 0
     if memory is not None:
         padding, code = max(0, memory.arguments - arguments), memory.code

@@ -70,7 +70,7 @@ def sized(config: ExperimentConfig, what: str, size: int) -> ExperimentConfig:
 def _unit(config: ExperimentConfig, first: Plan, what: str) -> tuple[int, int | None]:
     """What sizes are multiples of, and the largest that may be tried."""
     if what == "batch":
-        return first.mesh.data * first.mesh.fsdp * config.train.accumulation, None
+        return first.mesh.rows * config.train.accumulation, None
     return LENGTHS, None if first.longest is None else first.longest // LENGTHS * LENGTHS
 
 

@@ -17,7 +17,7 @@ from lorax_ft.data import SequenceToSequence, TextClassification
 from lorax_ft.data.dataset import MODEL_TASKS
 from lorax_ft.experiment import make_optimizer
 from lorax_ft.training.paging import state_shardings
-from lorax_ft.training.sharding import BATCH
+from lorax_ft.training.sharding import batch_sharding
 
 PyTree = Any
 STEPS = 1_000_000  # of a run whose length its data decide: no shape depends on it
@@ -83,7 +83,10 @@ def make_step(config: ExperimentConfig, adapted: Adapted, devices: Sequence[Any]
         train=train,
         opt_state=opt_state,
         frozen=frozen,
-        batch=_placed(batch_shapes(config), alone or _batch_sharding(config, mesh)),
+        batch={
+            name: _at(x, alone or batch_sharding(name, x.shape, mesh))
+            for name, x in batch_shapes(config).items()
+        },
         key=_at(jax.eval_shape(lambda: jax.random.key(0)), everywhere),
         mesh=mesh,
         vocabulary=adapted.model.config.vocab_size,
@@ -126,13 +129,3 @@ def _at(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 def _placed(tree: PyTree, sharding: Any) -> PyTree:
     return jax.tree.map(lambda array: _at(array, sharding), tree)
-
-
-def _batch_sharding(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> NamedSharding:
-    rows, parts = config.data.loader.batch_size, mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % parts:
-        raise ValueError(
-            f"A batch of {rows} rows (data.loader.batch_size) cannot be split over data × fsdp = "
-            f"{parts} devices. Choose a multiple of {parts}, or a mesh with more `tensor`."
-        )
-    return NamedSharding(mesh, BATCH)

@@ -41,7 +41,7 @@ def _remat(config: ExperimentConfig, target: Target) -> Changes:
 def _accumulation(config: ExperimentConfig, target: Target) -> Changes:
     """As many parts as leave each device one row."""
     mesh = on_mesh(config, target).mesh
-    rows = config.data.loader.batch_size // (mesh.data * mesh.fsdp)
+    rows = config.data.loader.batch_size // mesh.rows
     return {"train.accumulation": rows} if rows > config.train.accumulation else {}
 
 
@@ -50,7 +50,8 @@ def _fsdp(config: ExperimentConfig, target: Target) -> Changes:
     mesh = on_mesh(config, target).mesh
     if mesh.data == 1:
         return {}
-    return {"mesh.data": 1, "mesh.fsdp": mesh.data * mesh.fsdp, "mesh.tensor": mesh.tensor}
+    sizes = dataclasses.asdict(dataclasses.replace(mesh, data=1, fsdp=mesh.rows))
+    return {f"mesh.{axis}": size for axis, size in sizes.items()}
 
 
 def _four_bits(config: ExperimentConfig, target: Target) -> Changes:
@@ -80,7 +81,7 @@ def _adafactor(config: ExperimentConfig, target: Target) -> Changes:
 
 def _half_batch(config: ExperimentConfig, target: Target) -> Changes:
     mesh = on_mesh(config, target).mesh
-    rows, least = config.data.loader.batch_size, mesh.data * mesh.fsdp
+    rows, least = config.data.loader.batch_size, mesh.rows
     smaller = max(least, rows // 2 // least * least)
     if smaller == rows:
         return {}

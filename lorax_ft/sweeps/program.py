@@ -59,10 +59,10 @@ class Source:
 
 def check_members(config: ExperimentConfig) -> None:
     """Raises ValueError for what a run may have, but not a member of a sweep."""
-    if config.mesh.data * config.mesh.fsdp * config.mesh.tensor != 1:
+    if config.mesh.size != 1:
         raise ValueError(
             f"config.mesh = {dataclasses.asdict(config.mesh)}: a run of a sweep has one "
-            "device. Set data, fsdp and tensor to 1, or train the runs one by one."
+            "device. Set its axes to 1, or train the runs one by one."
         )
     if config.optimizer.paged:
         raise ValueError(

@@ -1,8 +1,9 @@
-"""Sharding: a mesh of data, fsdp and tensor axes, and rules that say how each parameter lies on it.
+"""Sharding: a mesh of four axes, and rules that say how each parameter lies on it.
 
 Nothing but the placement of arrays changes: the step is the same program on one device and on many,
 and XLA puts the communication in. `data` splits the batch; `fsdp` splits the batch and the
-parameters; `tensor` splits the arithmetic of each layer.
+parameters; `sequence` splits every text of the batch, whose parts see each other's keys and values;
+`tensor` splits the arithmetic of each layer.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from lorax_ft.leaves import Leaf
 
 PyTree = Any
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = PartitionSpec(("data", "fsdp"))  # how the first axis of a batch lies on the mesh
+AXES = ("data", "fsdp", "sequence", "tensor")
+ROWS, LENGTH = ("data", "fsdp"), "sequence"  # what the first and second axes of a batch lie along
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,18 @@ class MeshConfig:
 
     data: int = 1
     fsdp: int = 1
+    sequence: int = 1
     tensor: int = 1
+
+    @property
+    def size(self) -> int:
+        """How many devices it is of; negative where an axis is -1."""
+        return math.prod(dataclasses.asdict(self).values())
+
+    @property
+    def rows(self) -> int:
+        """How many parts it splits the rows of a batch into."""
+        return self.data * self.fsdp
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
@@ -88,7 +100,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh `(data, fsdp, tensor)` over the devices, by default all of every process.
+    """The mesh of `AXES` over the devices, by default all of every process.
 
     One process may use fewer devices than there are: the first ones. Raises ValueError where there
     are too few, where -1 does not come out even, and where several processes would leave devices
@@ -109,7 +121,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             "-1 for all that are left."
         )
     return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:wanted]
+        tuple(sizes.values()),
+        AXES,
+        axis_types=(AxisType.Auto,) * len(AXES),
+        devices=devices[:wanted],
     )
 
 
@@ -165,25 +180,41 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch on the mesh, its first axis split over `data` and `fsdp`.
+    """A batch on the mesh, its rows split over `data` and `fsdp`, their places over `sequence`.
 
-    Each process gives its own rows; the global batch is all of them. Raises ValueError where the
-    rows do not divide.
+    Each process gives its own rows; the global batch is all of them. Raises ValueError where rows
+    or places do not divide.
     """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    sharding = NamedSharding(mesh, BATCH)
+    lies = {}
     for name, array in batch.items():
-        rows = array.shape[0] * jax.process_count()
-        if rows % parts:
-            raise ValueError(
-                f"A batch of {rows} rows ({name}) cannot be split over data × fsdp = {parts} "
-                "devices. "
-                f"Choose a batch size that is a multiple of {parts}."
-            )
+        rows, *places = array.shape
+        lies[name] = batch_sharding(name, (rows * jax.process_count(), *places), mesh)
     return {
-        name: jax.make_array_from_process_local_data(sharding, np.asarray(array))
+        name: jax.make_array_from_process_local_data(lies[name], np.asarray(array))
         for name, array in batch.items()
     }
+
+
+def batch_sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """How an array of a batch lies on the mesh: `[rows, ...]` or `[rows, places, ...]`.
+
+    Raises ValueError where rows or places do not divide.
+    """
+    rows, parts = shape[0], math.prod(mesh.shape[axis] for axis in ROWS)
+    if rows % parts:
+        raise ValueError(
+            f"A batch of {rows} rows ({name}) cannot be split over data × fsdp = {parts} devices. "
+            f"Choose a data.loader.batch_size that is a multiple of {parts}, or a mesh with more "
+            "`tensor`."
+        )
+    if len(shape) == 1:
+        return NamedSharding(mesh, PartitionSpec(ROWS))
+    if shape[1] % mesh.shape[LENGTH]:
+        raise ValueError(
+            f"Rows of {shape[1]} places ({name}) cannot be split over sequence = "
+            f"{mesh.shape[LENGTH]} devices. Choose data.loader.buckets that are multiples of it."
+        )
+    return NamedSharding(mesh, PartitionSpec(ROWS, LENGTH))
 
 
 def _put(array: jax.Array, sharding: NamedSharding) -> jax.Array:
