@@ -142,7 +142,7 @@ def test_a_prompt_is_what_its_words_would_be(family):
 
 @families
 def test_fresh_adapters_on_all_linear_layers_change_nothing(family):
-    model = tiny(family)
+    model = tiny(family, scan_layers=False)
     params = model.init(jax.random.key(0))
     uses = inspect(model.apply, params, INPUTS)
 
@@ -152,9 +152,8 @@ def test_fresh_adapters_on_all_linear_layers_change_nothing(family):
     assert {path.split("/")[-2] for path in kernels} == {
         *("query", "key", "value", "output", "gate", "up", "down")
     }
-    np.testing.assert_array_equal(
-        jax.jit(lift(model.apply))(adapted, INPUTS), jax.jit(model.apply)(params, INPUTS)
-    )
+    # Operation by operation: two programs that are compiled whole may round sums otherwise.
+    np.testing.assert_array_equal(lift(model.apply)(adapted, INPUTS), model.apply(params, INPUTS))
 
 
 # --- Configs --------------------------------------------------------------------------------------

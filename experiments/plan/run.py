@@ -42,10 +42,12 @@ class Row:
     find: str | None = None
     batch_size: int = 1
     length: int = 512
+    paged: bool = False  # optimizer states on the host
 
     @property
     def name(self) -> str:
-        return " ".join(part for part in (self.argument, self.device, self.mesh) if part)
+        paged = "paged" if self.paged else None
+        return " ".join(part for part in (self.argument, self.device, self.mesh, paged) if part)
 
     @property
     def file(self) -> pathlib.Path:
@@ -57,6 +59,7 @@ ROWS = (
     Row("7b-qlora64", "rtx-3070"),
     Row("65b-qlora16", "a6000"),
     Row("65b-qlora64", "a6000"),
+    Row("65b-qlora64", "a6000", paged=True),
     Row("65b-qlora64", "a100-80", find="batch"),
     Row("3-70b-qlora16", "tpu-v5e:4x4", "fsdp=16", "batch", 16),
     Row("3-70b-qlora64", "h100:8", None, "batch", 8),
@@ -81,6 +84,9 @@ def make(row: Row) -> None:
     planning.prepare_process(target)
     config = search.sized(config_of(row.argument), "length", row.length)
     config = search.sized(config, "batch", row.batch_size)
+    if row.paged:
+        optimizer = dataclasses.replace(config.optimizer, paged=True)
+        config = dataclasses.replace(config, optimizer=optimizer)
     if row.mesh:
         config = dataclasses.replace(config, mesh=parse_mesh(row.mesh))
     plan_of = functools.partial(
@@ -112,9 +118,10 @@ def full_rows() -> list[dict[str, Any]]:
     """What full fine-tuning keeps between steps, and the gradients, to the byte."""
     import jax
 
-    from lorax_ft import memory
+    from lorax_ft import memory, planning
     from lorax_ft.planning import shapes
 
+    planning.prepare_process(planning.parse_target("cpu"))
     rows = []
     for argument, dtype in FULL:
         config = config_of(argument, dtype)
@@ -144,10 +151,12 @@ def cells(found: dict[str, Any]) -> dict[str, Any]:
         "config": row.argument,
         "device": row.device,
         "mesh": row.mesh or "",
+        "states": "on the host" if row.paged else "",
         "batch": plan.batch_size,
         "length": plan.length,
         "compiler": "CPU, standing in" if plan.stands_in else plan.compiler.split(",")[0],
         **{f"{name}_gib": size for name, size in parts.items()},
+        "host_gib": round(plan.host / GIB, 3),
         "needed_gib": None if plan.needed is None else round(plan.needed / GIB, 2),
         "usable_gib": None if plan.usable is None else round(plan.usable / GIB, 2),
         "fits": plan.fits,
@@ -172,7 +181,7 @@ def write(results: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    columns = ("config", "device", "mesh", "batch", "length", "compiler", "needed_gib")
+    columns = ("config", "device", "mesh", "states", "batch", "length", "compiler", "needed_gib")
     columns += ("usable_gib", "fits", "tflop", "roofline_s", "bound_by", "gigacycles", "largest")
     tables = [table([{name: row[name] for name in columns} for row in rows]), table(full_rows())]
     (HERE / "results.md").write_text("\n".join(tables))

@@ -176,7 +176,8 @@ def _within_segments(
 
 
 def cudnn(query: Array, key: Array, value: Array, seen: Seen, products: Products) -> Array:
-    """`attend` by cuDNN's fused kernel, of half precision."""
+    """`attend` by cuDNN's fused kernel, of half precision; on a mesh each device has its rows and
+    heads."""
     length, keys = query.shape[1], key.shape[1]
     mask, is_causal = seen.mask, seen.is_causal
     # cuDNN's own window is a constant, which one in a scanned layer is not; its own causal mask is
@@ -185,17 +186,49 @@ def cudnn(query: Array, key: Array, value: Array, seen: Seen, products: Products
         mask, is_causal = whole_mask(seen, length, keys), False
     if mask is not None:  # cuDNN does not broadcast it over queries
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, keys))
-    bias = products.bias
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        bias=bias if bias is None else bias.astype(query.dtype),
-        mask=mask,
-        is_causal=is_causal,
-        scale=products.scale,
-        implementation="cudnn",
-    )
+    bias = None if products.bias is None else products.bias.astype(query.dtype)
+
+    def compute(query: Array, key: Array, value: Array, mask: Any, bias: Any) -> Array:
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            bias=bias,
+            mask=mask,
+            is_causal=is_causal,
+            scale=products.scale,
+            implementation="cudnn",
+        )
+
+    mesh, sizes = _mesh()
+    if math.prod(sizes.values()) > 1:
+        rows, by_head = _rows(sizes), _by_head(sizes, key.shape[2])
+        each = PartitionSpec(rows, None, by_head, None)
+        of_mask = PartitionSpec(rows if mask is not None and mask.shape[0] > 1 else None)
+        of_bias = PartitionSpec(rows if bias is not None and bias.shape[0] > 1 else None, by_head)
+        compute = jax.shard_map(
+            compute,
+            mesh=mesh,
+            in_specs=(each, each, each, of_mask, of_bias),
+            out_specs=each,
+            check_vma=False,
+        )
+    return compute(query, key, value, mask, bias)
+
+
+def _mesh() -> tuple[Any, Mapping[str, int]]:
+    """The context's mesh and the sizes of its axes, none where there is no mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh, {} if mesh.empty else dict(mesh.shape)
+
+
+def _rows(sizes: Mapping[str, int]) -> tuple[str, ...]:
+    return tuple(axis for axis in ROWS if axis in sizes)
+
+
+def _by_head(sizes: Mapping[str, int], kv_heads: int) -> str | None:
+    """The axis that splits heads; None where it does not divide those of keys."""
+    return HEADS if HEADS in sizes and kv_heads % sizes[HEADS] == 0 else None
 
 
 # --- Splash attention -----------------------------------------------------------------------------
@@ -212,14 +245,12 @@ def splash(
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
     length, heads, head_dim = query.shape[1:]
-    mesh = jax.sharding.get_abstract_mesh()
-    sizes: Mapping[str, int] = {} if mesh.empty else dict(mesh.shape)
-    parts = sizes.get(SEQUENCE, 1)
-    by_head = HEADS if key.shape[2] % sizes.get(HEADS, 1) == 0 else None
+    mesh, sizes = _mesh()
+    parts, by_head = sizes.get(SEQUENCE, 1), _by_head(sizes, key.shape[2])
     missing = -length % (LANES * parts)
     window = None if seen.window is None else int(seen.window)
     shape = (heads, (length + missing) // parts, length + missing)
-    shards = {"head_shards": sizes.get(by_head, 1), "q_seq_shards": parts}
+    shards = {"head_shards": 1 if by_head is None else sizes[by_head], "q_seq_shards": parts}
     kernel = _splash_kernel(
         shape, seen.is_causal, window, products.softcap, interpret=interpret, **shards
     )
@@ -310,7 +341,8 @@ def _cudnn_lacks(query: Array, seen: Seen, products: Products) -> str | None:
 
 
 def _cudnn_serves(query: Array, key: Array, seen: Seen, products: Products) -> bool:
-    return products.dropout_key is None
+    _, sizes = _mesh()
+    return products.dropout_key is None and sizes.get(SEQUENCE, 1) == 1
 
 
 def _splash_lacks(query: Array, seen: Seen, products: Products) -> str | None:

@@ -16,7 +16,8 @@ from lorax_ft.config import ExperimentConfig
 from lorax_ft.data import SequenceToSequence, TextClassification
 from lorax_ft.data.dataset import MODEL_TASKS
 from lorax_ft.experiment import make_optimizer
-from lorax_ft.training.paging import state_shardings
+from lorax_ft.memory import local_bytes
+from lorax_ft.training.paging import HOST, paged_arrays, state_shardings
 from lorax_ft.training.sharding import batch_sharding
 
 PyTree = Any
@@ -33,6 +34,7 @@ class Step:
     frozen: PyTree
     batch: dict[str, jax.ShapeDtypeStruct]
     key: jax.ShapeDtypeStruct
+    homeless: int  # bytes of each device's paged states, where its description has no host's memory
     mesh: jax.sharding.Mesh
     vocabulary: int
     longest: int | None  # rows that the model has positions for; None where they end nowhere
@@ -87,6 +89,11 @@ def make_step(config: ExperimentConfig, adapted: Adapted, devices: Sequence[Any]
             name: _at(x, alone or batch_sharding(name, x.shape, mesh))
             for name, x in batch_shapes(config).items()
         },
+        homeless=sum(
+            local_bytes(x)
+            for x in paged_arrays(tx, opt_state, train)
+            if x.sharding.memory_kind != HOST
+        ),
         key=_at(jax.eval_shape(lambda: jax.random.key(0)), everywhere),
         mesh=mesh,
         vocabulary=adapted.model.config.vocab_size,

@@ -98,6 +98,7 @@ def prepare_process(target: Target) -> None:
 
     Plans need no accelerator, and take none that is here from those who use it.
     """
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # no driver is asked
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # no device, no reading back
     if target.count > 1 and (target.kind == "cpu" or missing(target)):
@@ -204,7 +205,6 @@ def _tpus(target: Target) -> tuple[Any, ...]:
 def _gpus(target: Target) -> tuple[Any, ...]:
     from jax.experimental import topologies
 
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # no driver is asked
     found = topologies.get_topology_desc(
         platform="cuda",
         topology_name=target.name.partition(":")[0],

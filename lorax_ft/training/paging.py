@@ -143,6 +143,21 @@ def state_shardings(tx: Any, state: PyTree, train: PyTree, mesh: Mesh) -> PyTree
     return jax.tree.map(lambda x: x if isinstance(x, NamedSharding) else everywhere, placed)
 
 
+def paged_arrays(tx: Any, state: PyTree, train: PyTree) -> list[Any]:
+    """The arrays of an optimizer's state that are paged, none for one that is not."""
+    if not isinstance(tx, PagedOptimizer):
+        return []
+    parameters, found = trees.flatten_arrays(train), []
+
+    def look(field: str, path: str, value: Any) -> Any:
+        del field
+        found.extend(jax.tree.leaves(value) if parameters[path].size >= tx.smallest else [])
+        return value
+
+    map_states(look, train, state, is_leaf=is_blocks)
+    return found
+
+
 def lying_as(tx: PagedOptimizer, shardings: PyTree) -> PagedOptimizer:
     """The optimizer for parameters of these shardings: what is split by rows has no pages of it."""
     found = trees.flatten_arrays(shardings)
