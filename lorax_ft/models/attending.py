@@ -257,14 +257,15 @@ def splash(
 
     def compute(kernel: Any, query: Array, key: Array, value: Array, own: Array, whole: Array):
         each = jax.vmap(lambda q, k, v, own, whole: kernel(q, k, v, SegmentIds(own, whole)))
-        heads_first = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
-        return each(*heads_first, own, whole).transpose(0, 2, 1, 3)
+        query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
+        return each(query, key, value, own, whole).transpose(0, 2, 1, 3)
 
     query = query * jnp.asarray(products.factor(head_dim), query.dtype)
     query, key, value = (
         checkpoint_name(jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))), PRODUCT)
         for x in (query, key, value)
     )
+    run: Callable[..., Array] = compute
     segments = _segments(seen, query.shape[0], length)
     segments = jnp.pad(segments, ((0, 0), (0, missing)), constant_values=-1)
     if math.prod(sizes.values()) > 1:
@@ -276,14 +277,14 @@ def splash(
         of_queries = PartitionSpec(rows, places, by_head, None)
         of_keys = PartitionSpec(rows, None, by_head, None)
         ids = PartitionSpec(rows, places), PartitionSpec(rows)
-        compute = jax.shard_map(
+        run = jax.shard_map(
             compute,
             mesh=mesh,
             in_specs=(of_kernel, of_queries, of_keys, of_keys, *ids),
             out_specs=of_queries,
             check_vma=False,
         )
-    y = compute(kernel, query, key, value, segments, segments)
+    y = run(kernel, query, key, value, segments, segments)
     return y[:, :length].astype(value.dtype)
 
 
