@@ -121,6 +121,7 @@ def chosen(monkeypatch, *arrays, **options) -> str:
         ("gpu", 256, {"products": Products(softcap=1.0)}, "xla"),
         ("tpu", 256, {"products": Products(softcap=1.0)}, "splash"),
         ("tpu", 256, {"seen": Seen(first=3)}, "xla"),  # a cache
+        ("tpu", 256, {"seen": Seen(crosses=True)}, "xla"),  # an encoder's keys, as many by chance
         ("tpu", 256, {"seen": Seen(window=jnp.array(4))}, "xla"),  # a scanned layer's
         ("tpu", 256, {"products": Products(dropout_rate=0.1, dropout_key=1)}, "xla"),
     ],

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 
-import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -323,23 +322,6 @@ def test_forward_keeps_only_packed_arrays_for_the_backward_pass(shape, config):
     everything = residuals(lambda kernel, x: kernel.linear(x))
     assert not any(array.dtype == jnp.float32 and array.shape == shape for array in everything)
     assert any(array.shape == x.shape for array in everything)
-
-
-def test_a_kernel_that_is_reused_waits_dense_and_has_the_same_gradients():
-    once, twice = (
-        quantize_array(jnp.asarray(normal(64, 8)), QuantizationConfig(reuses=reuses))
-        for reuses in (True, False)
-    )
-    x = jnp.asarray(normal(5, 64))
-
-    y, pull = jax.vjp(once.linear, x)
-    wanted, pull_wanted = jax.vjp(twice.linear, x)
-
-    assert np.array_equal(y, wanted)
-    assert np.array_equal(pull(y)[0], pull_wanted(y)[0])
-    assert [array.shape for array in jax.tree.leaves(pull)] == [(64, 8)]
-    of_absmax = jax.grad(lambda kernel: jnp.sum(kernel.linear(x)), allow_int=True)
-    chex.assert_trees_all_equal(jax.tree.leaves(of_absmax(once)), jax.tree.leaves(of_absmax(twice)))
 
 
 @pytest.mark.parametrize("double", [False, True])

@@ -19,13 +19,13 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lorax_ft.axes import ROWS, SEQUENCE, TENSOR
 from lorax_ft.leaves import PRODUCT
 from lorax_ft.models.layers import Array, drop
 from lorax_ft.products import einsum_float32, softcapped
 
 LANES = 128  # of a TPU: lengths that splash attention computes are multiples of it
 SHORTEST = 256  # keys from which on a kernel that keeps no weights is chosen by itself
-ROWS, SEQUENCE, HEADS = ("data", "fsdp"), "sequence", "tensor"  # axes of a mesh that split them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,8 @@ class Seen:
     is_causal: bool = False
     window: int | Array | None = None  # how many keys a query sees, itself among them
     first: int | Array | None = None  # the key that the first query stands at; None: ends are level
-    segments: Array | None = (
-        None  # [batch, length]: a query sees its own and what stands before all
-    )
+    segments: Array | None = None  # [batch, length]: a query sees its own and what is before all
+    crosses: bool = False  # the keys are of another text, whose mask says nothing of the queries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -228,7 +227,7 @@ def _rows(sizes: Mapping[str, int]) -> tuple[str, ...]:
 
 def _by_head(sizes: Mapping[str, int], kv_heads: int) -> str | None:
     """The axis that splits heads; None where it does not divide those of keys."""
-    return HEADS if HEADS in sizes and kv_heads % sizes[HEADS] == 0 else None
+    return TENSOR if TENSOR in sizes and kv_heads % sizes[TENSOR] == 0 else None
 
 
 # --- Splash attention -----------------------------------------------------------------------------
@@ -355,7 +354,7 @@ def _splash_lacks(query: Array, seen: Seen, products: Products) -> str | None:
 
 
 def _splash_serves(query: Array, key: Array, seen: Seen, products: Products) -> bool:
-    is_whole = query.shape[1] == key.shape[1] and seen.first is None
+    is_whole = not seen.crosses and query.shape[1] == key.shape[1] and seen.first is None
     windowed_texts = seen.segments is not None and seen.window is not None and not seen.is_causal
     return is_whole and products.dropout_key is None and not windowed_texts
 

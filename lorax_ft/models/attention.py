@@ -228,7 +228,7 @@ class CrossAttention(nn.Module):
             query,
             key,
             value,
-            Seen(mask=mask),
+            Seen(mask=mask, crosses=True),
             products,
             kernel=self.compute.attention,
             platform=self.compute.platform,

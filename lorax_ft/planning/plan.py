@@ -107,8 +107,8 @@ def make_plan(config: ExperimentConfig, target: Target, compiler: Compiler | Non
     parts = _parts(step, traced.jaxpr, memory, refusal, config.train.accumulation)
     # JAX's descriptions of GPUs have no memory of a host, and what is paged is compiled as if it
     # lay on the device. It does not: pages go to and fro, one at a time, in place.
-    parts["optimizer"] -= step.homeless
-    host = max(host_bytes(step.arguments), memory.host if memory else 0) + step.homeless
+    parts["optimizer"] -= step.misplaced
+    host = max(host_bytes(step.arguments), memory.host if memory else 0) + step.misplaced
     shared = host if target.device is None else 0  # a CPU's memory is its host's
     flops = count_flops(traced.jaxpr) / target.count
     program = None if compiled is None else hlo.parse(compiled.as_text())

@@ -34,7 +34,7 @@ class Step:
     frozen: PyTree
     batch: dict[str, jax.ShapeDtypeStruct]
     key: jax.ShapeDtypeStruct
-    homeless: int  # bytes of each device's paged states, where its description has no host's memory
+    misplaced: int  # bytes of paged states on a device whose description has no memory of a host
     mesh: jax.sharding.Mesh
     vocabulary: int
     longest: int | None  # rows that the model has positions for; None where they end nowhere
@@ -89,7 +89,7 @@ def make_step(config: ExperimentConfig, adapted: Adapted, devices: Sequence[Any]
             name: _at(x, alone or batch_sharding(name, x.shape, mesh))
             for name, x in batch_shapes(config).items()
         },
-        homeless=sum(
+        misplaced=sum(
             local_bytes(x)
             for x in paged_arrays(tx, opt_state, train)
             if x.sharding.memory_kind != HOST

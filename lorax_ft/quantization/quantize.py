@@ -33,9 +33,6 @@ class QuantizationConfig:
     targets: str | tuple[str, ...] = r".*/kernel"  # regex over the whole "/"-joined path
     exclude: str | tuple[str, ...] = r".*(embeddings?|lm_head|classifier|pooler|score)(/.*)?"
     dtype: str | None = None  # what the model sees and computes in; None: the array's own
-    reuses: bool = False
-    """Whether a product's backward pass has the kernel that its forward pass dequantised. Faster,
-    and with `remat="full"` no more than one layer's dense kernels are then kept at once."""
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -118,7 +115,6 @@ def quantize_array(
         "kernel_shape": tuple(array.shape[depth:]),
         "kernel_in_axes": tuple(in_axes),
         "shown_dtype": jnp.dtype(config.dtype or array.dtype),
-        "reuses": config.reuses,
     }
     if config.kind != "int8":
         static["block_size"] = config.block_size

@@ -2,7 +2,6 @@
 
 The product has its own backward pass, which dequantises again: between forward and backward nothing
 is kept but the packed arrays, and the input only where a float field of the leaf is differentiated.
-Or it `reuses` the dequantised kernel, which is then kept in between.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ class Quantized(Leaf):
     kernel_shape: tuple[int, ...] = static_field()  # the core's; not known from packed fields
     kernel_in_axes: tuple[int, ...] = static_field()
     shown_dtype: Any = static_field()
-    reuses: bool = static_field(default=False)
 
     @abc.abstractmethod
     def matrix(self) -> Array:
@@ -121,43 +119,30 @@ def _product(dot: _Dot, kernel: Quantized, x: Array) -> Array:
     return dot(x, kernel.matrix())
 
 
-def _forward(dot: _Dot, kernel: Any, x: Any) -> tuple[Array, Any]:
+def _forward(dot: _Dot, kernel: Any, x: Any) -> tuple[Array, tuple[Quantized, Array | None]]:
     differentiated = any(field.perturbed for field in jax.tree.leaves(kernel))
     kernel = jax.tree.map(lambda field: field.value, kernel)
-    if kernel.reuses and not differentiated:
-        matrix = kernel.matrix()
-        return dot(x.value, matrix), (None, None, matrix)
-    return _product(dot, kernel, x.value), (kernel, x.value if differentiated else None, None)
+    return _product(dot, kernel, x.value), (kernel, x.value if differentiated else None)
 
 
-def _backward(
-    dot: _Dot, residuals: tuple[Any, Array | None, Array | None], grad: Any
-) -> tuple[Any, Any]:
+def _backward(dot: _Dot, residuals: tuple[Quantized, Array | None], grad: Any) -> tuple[Any, Any]:
     """The cotangents of the kernel, None for its integers and where nobody asks, and of x."""
-    kernel, x, kept = residuals
+    kernel, x = residuals
     if isinstance(grad, SymbolicZero):
         return None, None
-    if kept is not None:
-        return None, _transposed(dot, kept, grad)
     # Without a barrier XLA merges this dequantisation with the forward one and keeps its result.
     # Its CPU compiler does so in any case: there only layers under a scan keep no dense copy.
     kernel, grad = lax.optimization_barrier((kernel, grad))
     floats, integers = _split(kernel)
     matrix, pull = jax.vjp(lambda floats: combine(floats, integers).matrix(), floats)
-    grad_x = _transposed(dot, matrix, grad)
+    size = matrix.shape[1 if dot.transposed else 0]
+    x_shape = jax.ShapeDtypeStruct((*grad.shape[:-1], size), dot.x_dtype)
+    (grad_x,) = jax.linear_transpose(lambda x: dot(x, matrix), x_shape)(grad)
     if x is None:
         return None, grad_x
     (grad_matrix,) = jax.linear_transpose(lambda matrix: dot(x, matrix), matrix)(grad)
     (grad_kernel,) = pull(grad_matrix)
     return grad_kernel, grad_x
-
-
-def _transposed(dot: _Dot, matrix: Array, grad: Array) -> Array:
-    """The cotangent of x."""
-    size = matrix.shape[1 if dot.transposed else 0]
-    x_shape = jax.ShapeDtypeStruct((*grad.shape[:-1], size), dot.x_dtype)
-    (grad_x,) = jax.linear_transpose(lambda x: dot(x, matrix), x_shape)(grad)
-    return grad_x
 
 
 _product.defvjp(_forward, _backward, symbolic_zeros=True)

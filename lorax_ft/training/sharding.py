@@ -18,12 +18,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lorax_ft import trees
+from lorax_ft.axes import AXES, ROWS, SEQUENCE
 from lorax_ft.leaves import Leaf
 
 PyTree = Any
-
-AXES = ("data", "fsdp", "sequence", "tensor")
-ROWS, LENGTH = ("data", "fsdp"), "sequence"  # what the first and second axes of a batch lie along
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,12 +207,12 @@ def batch_sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding
         )
     if len(shape) == 1:
         return NamedSharding(mesh, PartitionSpec(ROWS))
-    if shape[1] % mesh.shape[LENGTH]:
+    if shape[1] % mesh.shape[SEQUENCE]:
         raise ValueError(
             f"Rows of {shape[1]} places ({name}) cannot be split over sequence = "
-            f"{mesh.shape[LENGTH]} devices. Choose data.loader.buckets that are multiples of it."
+            f"{mesh.shape[SEQUENCE]} devices. Choose data.loader.buckets that are multiples of it."
         )
-    return NamedSharding(mesh, PartitionSpec(ROWS, LENGTH))
+    return NamedSharding(mesh, PartitionSpec(ROWS, SEQUENCE))
 
 
 def _put(array: jax.Array, sharding: NamedSharding) -> jax.Array:
