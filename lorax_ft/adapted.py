@@ -190,11 +190,12 @@ def make_outputs(model: Model, mesh: jax.sharding.Mesh | None = None) -> Callabl
 
 
 def _within(mesh: jax.sharding.Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with the mesh as its context, for kernels that each device runs by itself."""
+    """The function of params with the mesh as its context, for kernels that each device runs by
+    itself, and with leaves that know the mesh, too."""
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(params: PyTree, *args: Any, **kwargs: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args, **kwargs)
+            return function(training.gathered(params, mesh), *args, **kwargs)
 
     return call
 

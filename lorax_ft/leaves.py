@@ -18,7 +18,7 @@ import typing
 from typing import Any, ClassVar, TypeVar
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 Array = jax.Array
 PRODUCT = "product"  # the `checkpoint_name` of what is dear to compute and cheap to keep
@@ -94,6 +94,15 @@ class Leaf(abc.ABC):
     def partition_specs(self, spec: PartitionSpec) -> Leaf:
         """The leaf with a `PartitionSpec` in each array field, given the one of the array it stands
         for."""
+
+    def gathered_as(self, sharding: NamedSharding) -> Leaf:
+        """The leaf with its word on how the kernel that it holds is to lie within a product.
+
+        `sharding` is the core's. A leaf that stores a kernel in fewer bits than it multiplies with
+        is then sent between devices as it is stored; others are as they were.
+        """
+        del sharding
+        return self
 
     def replace(self: _L, **changes: Any) -> _L:
         """A copy with some fields changed."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lorax_ft.leaves import Array, Leaf, as_matrix, dense, from_matrix, leaf
 from lorax_ft.methods.lora_leaf import LoRA
@@ -76,6 +76,9 @@ class DoRA(Leaf):
         _, b, stack = factor_specs(spec, len(self.stack_shape), self.ndim, self.in_axes)
         magnitude = PartitionSpec(*stack, b[-1])
         return self.replace(base=self.base.partition_specs(spec), magnitude=magnitude)
+
+    def gathered_as(self, sharding: NamedSharding) -> DoRA:
+        return self.replace(base=self.base.gathered_as(sharding))
 
     def _gain(self) -> Array:
         return self.magnitude / lax.stop_gradient(column_norms(self.base))

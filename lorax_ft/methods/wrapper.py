@@ -6,7 +6,7 @@ import abc
 from typing import Any
 
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lorax_ft.jaxprs import is_concrete
 from lorax_ft.leaves import Array, Leaf, as_matrix
@@ -66,6 +66,11 @@ class Wrapper(Leaf):
 
     def base_specs(self, spec: PartitionSpec) -> Any:
         return self.base.partition_specs(spec) if isinstance(self.base, Leaf) else spec
+
+    def gathered_as(self, sharding: NamedSharding) -> Any:
+        if not isinstance(self.base, Leaf):
+            return self
+        return self.replace(base=self.base.gathered_as(sharding))
 
 
 def row(vector: Array, y: Array) -> Array:

@@ -25,7 +25,7 @@ class Int8(Quantized):
     def stack_shape(self) -> tuple[int, ...]:
         return tuple(self.quantized.shape[:-2])
 
-    def matrix(self) -> Array:
+    def _dequantized(self) -> Array:
         scale = self.absmax[..., None, :] * np.float32(1 / 127)
         return (jnp.asarray(self.quantized).astype(jnp.float32) * scale).astype(self.dtype)
 

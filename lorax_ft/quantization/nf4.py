@@ -55,7 +55,7 @@ class FourBit(Quantized):
     def stack_shape(self) -> tuple[int, ...]:
         return tuple(self.packed.shape[: -2 if self.blocked else -1])
 
-    def matrix(self) -> Array:
+    def _dequantized(self) -> Array:
         absmax = self._absmax()
         stack = self.stack_shape
         if self.blocked:

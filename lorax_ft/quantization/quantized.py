@@ -2,6 +2,10 @@
 
 The product has its own backward pass, which dequantises again: between forward and backward nothing
 is kept but the packed arrays, and the input only where a float field of the leaf is differentiated.
+
+On a mesh that splits kernels over devices that have other rows of the batch, every product needs the
+whole kernel. A leaf that knows how it is to lie then gathers its packed arrays; left to itself XLA
+gathers what was dequantised, which is four times as much.
 """
 
 from __future__ import annotations
@@ -15,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from lorax_ft.axes import even
 from lorax_ft.leaves import Array, Leaf, from_matrix, leaf, static_field
 from lorax_ft.trees import combine
 
@@ -28,10 +33,31 @@ class Quantized(Leaf):
     kernel_shape: tuple[int, ...] = static_field()  # the core's; not known from packed fields
     kernel_in_axes: tuple[int, ...] = static_field()
     shown_dtype: Any = static_field()
+    within_product: NamedSharding | None = static_field(default=None)  # of the core
 
     @abc.abstractmethod
+    def _dequantized(self) -> Array:
+        """`matrix`, of fields that lie as it needs them."""
+
     def matrix(self) -> Array:
         """The dequantised kernel as `[*stack, in_size, out_size]`, in `dtype`."""
+        return self.gathered()._dequantized()
+
+    def gathered_as(self, sharding: NamedSharding) -> Self:
+        return self.replace(within_product=sharding)
+
+    def gathered(self) -> Self:
+        """The leaf with its fields placed as `within_product` says, where it says something."""
+        if self.within_product is None:
+            return self
+        mesh, spec = self.within_product.mesh, self.within_product.spec
+        specs = self.partition_specs(PartitionSpec(*(None,) * len(self.stack_shape), *spec))
+
+        def place(spec: PartitionSpec, field: Array) -> Array:
+            lies = NamedSharding(mesh, even(spec, field.shape, mesh))
+            return lax.with_sharding_constraint(field, lies)
+
+        return jax.tree.map(place, specs, self, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
     @property
     def core_shape(self) -> tuple[int, ...]:
@@ -130,6 +156,7 @@ def _backward(dot: _Dot, residuals: tuple[Quantized, Array | None], grad: Any) -
     kernel, x = residuals
     if isinstance(grad, SymbolicZero):
         return None, None
+    kernel = kernel.gathered()  # before the barrier: what recomputed the layer has gathered it too
     # Without a barrier XLA merges this dequantisation with the forward one and keeps its result.
     # Its CPU compiler does so in any case: there only layers under a scan keep no dense copy.
     kernel, grad = lax.optimization_barrier((kernel, grad))

@@ -20,9 +20,10 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lorax_ft import trees
+from lorax_ft.axes import even
 from lorax_ft.training import clipping, host_memory
 from lorax_ft.training.blockwise import BLOCK, is_blocks
-from lorax_ft.training.sharding import even, replicate
+from lorax_ft.training.sharding import replicate
 from lorax_ft.training.states import is_stacked, map_states
 
 Array = jax.Array

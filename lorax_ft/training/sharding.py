@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lorax_ft import trees
-from lorax_ft.axes import AXES, ROWS, SEQUENCE
+from lorax_ft.axes import AXES, ROWS, SEQUENCE, TENSOR, even
 from lorax_ft.leaves import Leaf
 
 PyTree = Any
@@ -160,6 +160,26 @@ def shard(params: PyTree, mesh: Mesh, rules: Sequence[Rule] = RULES) -> PyTree:
     return jax.tree.map(_put, params, shardings(params, mesh, rules))
 
 
+def gathered(params: PyTree, mesh: Mesh, rules: Sequence[Rule] = RULES) -> PyTree:
+    """Params whose leaves say how their kernels lie within products: split over `tensor` alone.
+
+    The devices of other axes have other rows of the batch and need whole kernels. Those in few bits
+    are gathered as they are stored, layer by layer; nothing else changes. Call it on params that
+    `shard` has placed, inside the function that is compiled.
+    """
+
+    def place(path: str, parameter: Any) -> Any:
+        if not isinstance(parameter, Leaf):
+            return parameter
+        spec = _spec(path, parameter.shape, mesh, rules)
+        spec = PartitionSpec(*spec[len(parameter.stack_shape) :])
+        stored, wanted = NamedSharding(mesh, spec), NamedSharding(mesh, _only(TENSOR, spec))
+        same = stored.is_equivalent_to(wanted, len(spec))
+        return parameter if same else parameter.gathered_as(wanted)
+
+    return trees.map_with_path(place, params)
+
+
 def shardings_of(tree: PyTree) -> PyTree:
     """How the arrays of a tree lie, as the `out_shardings` of a step that keeps them so."""
     return jax.tree.map(lambda array: array.sharding, tree)
@@ -226,6 +246,12 @@ def _put(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
+def _only(axis: str, spec: PartitionSpec) -> PartitionSpec:
+    """The spec without the mesh's other axes."""
+    named = ((names,) if isinstance(names, str) else names or () for names in spec)
+    return PartitionSpec(*(axis if axis in names else None for names in named))
+
+
 def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[Rule]) -> PartitionSpec:
     """The spec of one parameter, as long as its shape."""
     rule = next((rule for rule in rules if trees.matches(path, rule.pattern)), None)
@@ -246,13 +272,3 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[Rule]) 
             "does not divide. Choose another mesh, or put a Rule with uneven='replicate' in front."
         )
     return divided
-
-
-def even(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The spec without the axes that do not divide."""
-
-    def parts(names: Any) -> int:
-        names = (names,) if isinstance(names, str) else names or ()
-        return math.prod(mesh.shape[name] for name in names)
-
-    return PartitionSpec(*(n if size % parts(n) == 0 else None for n, size in zip(spec, shape)))
