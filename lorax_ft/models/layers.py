@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
+from lorax_ft.axes import ROWS, even
 from lorax_ft.leaves import PRODUCT
 from lorax_ft.products import product
 
@@ -306,8 +308,23 @@ def run_layers(
 
 
 def layer_input(x: Array) -> Array:
-    """`x`, by a name that a policy of `REMAT_POLICIES` may know; each layer begins with it."""
-    return checkpoint_name(x, LAYER_INPUT)
+    """`x` `[batch, length, d]`, by a name that a policy of `REMAT_POLICIES` may know; each layer
+    begins with it.
+
+    On the context's mesh the devices have rows of the batch and whole vectors. Left to itself XLA
+    may split vectors as tables of them are split, and then sends all the activations of a layer
+    where its kernel should be sent.
+    """
+    return checkpoint_name(_by_rows(x), LAYER_INPUT)
+
+
+def _by_rows(x: Array) -> Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = tuple(axis for axis in ROWS if axis in mesh.shape)
+    if math.prod(mesh.shape[axis] for axis in rows) == 1 or x.ndim != 3:
+        return x
+    rows = even(PartitionSpec(rows), x.shape, mesh)[0]
+    return lax.with_sharding_constraint(x, PartitionSpec(rows, PartitionSpec.UNCONSTRAINED, None))
 
 
 def stack_layers(params: Mapping[str, PyTree]) -> dict[str, PyTree]:
