@@ -57,7 +57,10 @@ class Quantized(Leaf):
             lies = NamedSharding(mesh, even(spec, field.shape, mesh))
             return lax.with_sharding_constraint(field, lies)
 
-        return jax.tree.map(place, specs, self, is_leaf=lambda x: isinstance(x, PartitionSpec))
+        placed = jax.tree.map(place, specs, self, is_leaf=lambda x: isinstance(x, PartitionSpec))
+        # Without a barrier XLA for GPU brings what it gathered into order only after it has widened
+        # every code to four bytes.
+        return lax.optimization_barrier(placed)
 
     @property
     def core_shape(self) -> tuple[int, ...]:
