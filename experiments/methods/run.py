@@ -189,8 +189,8 @@ def table(rows: list[dict]) -> str:
     best = [swept(f"{task}_methods", metric) for task, metric in SWEEPS.items()]
     lines = [
         "| method | trainable | share | parameters, MB | optimizer, MB | temporaries of a step, MB "
-        "| step, of full's | prediction, of full's | TREC, accuracy (seeds) | CoLA, Matthews (seeds) "
-        "| Shakespeare, loss (seeds) |",
+        "| step, of full's | prediction, of full's | TREC, accuracy (seeds) "
+        "| CoLA, Matthews (seeds) | Shakespeare, loss (seeds) |",
         "|---" + "|---:" * 10 + "|",
     ]
     for method in dict.fromkeys([*cost, *(m for scores in best for m in scores)]):
