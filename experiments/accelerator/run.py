@@ -130,7 +130,9 @@ def finish(one: Part, process: subprocess.Popen, seconds: float) -> None:
         lines = [line for line in log_of(one.name).read_text().splitlines() if line.strip()]
         print("\n".join(lines[-12:]), flush=True)
         last = lines[-1] if lines else "it printed nothing"
-        write_row(_OUTPUT.value, {"part": one.name, "note": f"{reason}: {last[:200]}"})
+        if reason.startswith("failed"):
+            reason = f"{reason}: {last[:200]}"
+        write_row(_OUTPUT.value, {"part": one.name, "note": reason})
 
 
 def main(argv: list[str]) -> None:
