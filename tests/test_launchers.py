@@ -29,13 +29,10 @@ RUNS = [
 SWEEP = SweepConfig(runs=RUNS, slots=2)
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.fixture(autouse=True)
 def workers_as_here(monkeypatch):
-    """What workers need to compile as this process does, and to find the library."""
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    """What workers need to find the library."""
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
 
 
