@@ -38,7 +38,9 @@ def workers_as_here(monkeypatch):
 
 @pytest.fixture(scope="module")
 def config(folder):  # noqa: F811
-    return sweeps.change(config_of(folder), {"train.steps": 24, "train.eval_every": 12})
+    """Batches of one shape, for each worker traces its own program of each."""
+    changes = {"train.steps": 24, "train.eval_every": 12, "train.checkpoint_every": 6}
+    return sweeps.change(config_of(folder), changes | {"data.loader.buckets": [8]})
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ from lorax_ft.quantization import QuantizationConfig, quantize
 from lorax_ft.training import OBJECTIVES, OptimizerConfig, build_optimizer, make_train_step
 from lorax_ft.training.step import make_eval_step
 
+pytestmark = pytest.mark.usefixtures("optimized_compiles")
+
 STEPS = 30
 
 

@@ -86,8 +86,8 @@ def trained(params, trainable):
     return trees.combine(jax.tree.unflatten(tree, moved), frozen)
 
 
-# Variations of a method are tried on one model alone: the parts that differ know no models. Unrolled
-# layers are tried on one model, and on each where a method finds its places by their names.
+# Variations of a method are tried on one model alone: the parts that differ know no models. So are
+# unrolled layers, but where a method finds its places by their names.
 CASES = [
     (method, name, variant)
     for method in METHODS
