@@ -15,7 +15,7 @@ from lorax_ft.training.step import make_eval_step
 
 pytestmark = pytest.mark.usefixtures("optimized_compiles")
 
-STEPS = 30
+STEPS = 20
 
 
 @pytest.fixture(scope="module")
