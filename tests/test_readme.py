@@ -27,9 +27,12 @@ PYTHON = blocks("python")
 
 @pytest.fixture(scope="module")
 def quickstart(minilm, tmp_path_factory):
-    """A folder in which the quickstart, cut to two steps on a base in four bits, has run."""
+    """A folder in which the quickstart has run, on a base in four bits and cut short: of two steps,
+    a few texts of one length to be tested on, and layers that are compiled once."""
     folder = tmp_path_factory.mktemp("quickstart")
     arguments = ["--config.train.steps=2", "--config.baseline=False"]
+    arguments += ["--config.data.split.test=0.03", "--config.data.loader.buckets=(48,)"]
+    arguments += ["--config.model.compute.scan_layers=True"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         config = f"--config={ROOT / 'configs/quickstart.py'}:qlora"
