@@ -15,7 +15,7 @@ from lorax_ft.sweeps.program import Batches, Program, load_source
 from lorax_ft.training import OBJECTIVES, make_train_step
 from tests import tiny
 
-STEPS = 100
+STEPS = 200
 BASE = {
     "lora": {"rank": 2, "targets": ["query", "value"]},
     "optimizer": {"learning_rate": 3e-3, "weight_decay": 0.1, "clip_norm": 0.5},
@@ -25,7 +25,7 @@ BASE = {
 CHANGES = [
     {"lora.rank": 1, "lora.rslora": True, "optimizer.warmup_steps": 20},
     {"lora.rank": 16, "lora.alpha": 16.0, "optimizer.weight_decay": 0.0, "seed": 1},
-    {"optimizer.learning_rate": 1e-2, "optimizer.clip_norm": 0.1, "train.steps": 125},
+    {"optimizer.learning_rate": 1e-2, "optimizer.clip_norm": 0.1, "train.steps": 250},
 ]
 
 
@@ -146,7 +146,7 @@ def test_a_member_is_the_run_it_would_have_been_alone(
     assert program.compiles == 1
     assert len(program.sizes) == (1 if vectorized else 2)  # ranks 1 and 2 make the smaller steps
     for i, (run, (want, train)) in enumerate(zip(runs, by_themselves(drops), strict=True)):
-        # float32 sums in another order, amplified over 100 steps of Adam
+        # float32 sums in another order, amplified over 200 steps of Adam
         np.testing.assert_allclose(losses[:, i], want, rtol=2e-3, atol=2e-4, err_msg=run.name)
         cut = trees.flatten_arrays(members.unpad(members.take(stack.train, i), train))
         for path, array in trees.flatten_arrays(train).items():
