@@ -188,6 +188,8 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
 
 def _put(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     """`jax.device_put`, also over several processes that each hold the whole array."""
+    if getattr(array, "sharding", None) == sharding:
+        return array  # read straight to its place
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
