@@ -74,7 +74,7 @@ def write(folder: pathlib.Path, layers: int) -> None:
 
 
 class Memory:
-    """Resident memory by a thread: anonymous, and pages of files that can be dropped at any time."""
+    """Resident memory by a thread: anonymous, and pages of files, which can be dropped."""
 
     def __init__(self, interval: float):
         self.rows: list[dict[str, object]] = []
@@ -183,7 +183,8 @@ def plot(rows: list[dict], result: dict, path: pathlib.Path) -> None:
 
 def main(argv: list[str]) -> None:
     if _WRITE.value is not None:
-        return write(pathlib.Path(_WRITE.value), _LAYERS.value)
+        write(pathlib.Path(_WRITE.value), _LAYERS.value)
+        return
     if _MODEL.value is None:
         raise app.UsageError("give --write or --model")
     memory, out = Memory(_INTERVAL.value), pathlib.Path(_OUT.value)

@@ -57,7 +57,8 @@ class FourBitFiles:
         return tuple(json.loads(self.files.read(state).tobytes())["shape"])
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> Any:
-        """An array or a slice of it, or the leaf of a four-bit weight: of numpy arrays, for a kernel `[in, out]`.
+        """An array or a slice of it, or the whole leaf of a four-bit weight: of numpy arrays, for a
+        kernel `[in, out]`.
 
         Raises ValueError naming the weight whose parts do not fit together.
         """

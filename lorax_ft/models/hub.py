@@ -16,7 +16,6 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lorax_ft.leaves import is_leaf
@@ -147,33 +146,29 @@ def load(
         if shardings is not None and not in_four_bits:
             tree = with_fields(model.shapes(), planned)
             placed = flatten_shardings(shardings(tree), planned)
-        kept, params = None, None
-        if cache is not None and quantization is not None and not in_four_bits:
-            source = quantized_cache.source_fingerprint(
-                [directory / "config.json", *tensors.handles]
-            )
-            kept = quantized_cache.entry(
-                cache, source, model, quantization, interleaved_rotary, paths
+        read = functools.partial(
+            read_parameter,
+            model,
+            checkpoint,
+            transform=transform,
+            quantization=quantization,
+            interleaved_rotary=interleaved_rotary,
+        )
+
+        def read_all() -> dict[str, Any]:
+            check_complete(model, checkpoint, paths)
+            own = {path: shape for path, shape in shapes.items() if path not in paths}
+            return {path: read(path, own[path], shardings=placed.get(path)) for path in own}
+
+        if cache is None or quantization is None or in_four_bits:
+            params = read_all()
+        else:
+            files = [directory / "config.json", *tensors.handles]
+            entry = quantized_cache.entry(
+                cache, files, model, quantization, interleaved_rotary, paths
             )
             like = {p: place_shapes(v, placed.get(p)) for p, v in planned.items() if p not in paths}
-            params = quantized_cache.restore(kept, like, fingerprint)
-        if params is None:
-            check_complete(model, checkpoint, paths)
-            read = functools.partial(
-                read_parameter,
-                model,
-                checkpoint,
-                transform=transform,
-                quantization=quantization,
-                interleaved_rotary=interleaved_rotary,
-            )
-            params = {
-                path: read(path, shape, shardings=placed.get(path))
-                for path, shape in shapes.items()
-                if path not in paths
-            }
-            if kept is not None:
-                quantized_cache.save(kept, params, fingerprint(params))
+            params = quantized_cache.restore_or_make(entry, like, read_all, fingerprint)
         if paths:
             logger.warning("New, for the task %s: %s.", model.task, ", ".join(paths))
         new = quantize_chosen(_start(model, paths, key, directory), quantization)
@@ -275,8 +270,8 @@ def fingerprint(params: PyTree, without: Collection[str] = ()) -> str:
     lines = []
     for path, array in flatten_arrays(params).items():
         stacked = is_stacked(path)
-        if len(array.devices()) == 1 if isinstance(array, jax.Array) else True:
-            array = np.asarray(array)  # no copy on a CPU
+        if not isinstance(array, jax.Array) or len(array.devices()) == 1:
+            array = np.asarray(array)  # on a CPU no copy
         for i in range(array.shape[0] if stacked else 1):
             part = on_host(array[i] if stacked else array)
             name = in_layer(path, i) if stacked else path

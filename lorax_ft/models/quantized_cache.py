@@ -30,6 +30,23 @@ _RECORD = "record.json"  # written last: an entry that has it is whole
 logger = logging.getLogger(__name__)
 
 
+def restore_or_make(
+    directory: pathlib.Path,
+    like: PyTree,
+    make: Callable[[], PyTree],
+    fingerprint: Callable[[PyTree], str],
+) -> PyTree:
+    """The parameters of an entry; where there is none that is whole, those of `make`, then kept.
+
+    `like` has their structure, of `ShapeDtypeStruct`s with shardings.
+    """
+    params = _restore(directory, like, fingerprint)
+    if params is None:
+        params = make()
+        _save(directory, params, fingerprint(params))
+    return params
+
+
 def source_fingerprint(files: Iterable[pathlib.Path]) -> str:
     """A SHA-256 over each file's name, size, time of change and 64 samples of its bytes.
 
@@ -49,20 +66,21 @@ def source_fingerprint(files: Iterable[pathlib.Path]) -> str:
 
 
 def entry(
-    folder: str | pathlib.Path, source: str, model: Any, config: QuantizationConfig, *rest: Any
+    folder: str | pathlib.Path,
+    files: Iterable[pathlib.Path],
+    model: Any,
+    config: QuantizationConfig,
+    *rest: Any,
 ) -> pathlib.Path:
-    """The folder of what a source becomes as that model, so quantised; `rest` is what else tells."""
+    """Where in the folder is what files become as that model, so quantised; `rest` tells it too."""
+    source = source_fingerprint(files)
     key = json.dumps([FORMAT, source, repr(model), dataclasses.asdict(config), repr(rest)])
-    return (
-        pathlib.Path(folder).expanduser().absolute() / hashlib.sha256(key.encode()).hexdigest()[:32]
-    )
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return pathlib.Path(folder).expanduser().absolute() / name
 
 
-def restore(directory: pathlib.Path, like: PyTree, fingerprint: Callable[[PyTree], str]) -> PyTree:
-    """The parameters of an entry; None, with a warning, for a broken one, and where there is none.
-
-    `like` has their structure, of `ShapeDtypeStruct`s that may carry shardings.
-    """
+def _restore(directory: pathlib.Path, like: PyTree, fingerprint: Callable[[PyTree], str]) -> PyTree:
+    """Where in the folder is what files become as that model, so quantised; `rest` tells it."""
     if not directory.is_dir():
         return None
     import orbax.checkpoint as ocp
@@ -83,7 +101,7 @@ def restore(directory: pathlib.Path, like: PyTree, fingerprint: Callable[[PyTree
     return params
 
 
-def save(directory: pathlib.Path, params: PyTree, fingerprint: str) -> None:
+def _save(directory: pathlib.Path, params: PyTree, fingerprint: str) -> None:
     """Writes an entry, in place of a broken one. A disk that is full is a warning in the log."""
     import orbax.checkpoint as ocp
 

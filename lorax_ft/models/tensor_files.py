@@ -51,7 +51,8 @@ class TensorFiles:
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """The tensor, or that slice of it, as a copy: the file's pages are let go of at once."""
         path = self.file_of[name]
-        start, entry = _header(path)[0], _header(path)[1][name]
+        start, entries = _header(path)
+        entry = entries[name]
         first, end = entry["data_offsets"]
         dtype, shape = _DTYPES.get(entry["dtype"]), entry["shape"]
         if dtype is None:
@@ -81,8 +82,8 @@ def open_tensors(directory: pathlib.Path) -> Iterator[TensorFiles]:
         for name, path in promised.items():
             if file_of.get(name) != path:
                 raise ValueError(
-                    f"{directory / INDEX_FILE} says that {name!r} is in {path.name}, but it is not: "
-                    "the files are of different versions."
+                    f"{directory / INDEX_FILE} says that {name!r} is in {path.name}, but it is "
+                    "not: the files are of different versions."
                 )
         if promised:
             _check_versions(directory / INDEX_FILE, file_of, promised)
