@@ -80,7 +80,7 @@ def entry(
 
 
 def _restore(directory: pathlib.Path, like: PyTree, fingerprint: Callable[[PyTree], str]) -> PyTree:
-    """Where in the folder is what files become as that model, so quantised; `rest` tells it."""
+    """The parameters of an entry; None where there is none and, warned of, for a broken one."""
     if not directory.is_dir():
         return None
     import orbax.checkpoint as ocp
