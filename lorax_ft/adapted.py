@@ -70,7 +70,9 @@ def load_base(
     LoRA decomposes them first: `adapt` places those.
     """
     quantization = None if decomposes(config) else config.quantization
-    sharded = mesh is not None and mesh.size > 1 and not decomposes(config)
+    shardings = None
+    if mesh is not None and mesh.size > 1 and not decomposes(config):
+        shardings = functools.partial(training.shardings, mesh=mesh)
     path, labels = find_path(config.model.path), len(label_names) or None
     model, params = hub.load(
         path,
@@ -78,7 +80,7 @@ def load_base(
         num_labels=labels,
         key=_keys(config)[0],
         quantization=quantization,
-        shardings=functools.partial(training.shardings, mesh=mesh) if sharded else None,
+        shardings=shardings,
         cache=None if quantization is None else config.model.cache,
         ignore_fields=config.model.ignore_fields,
         **dataclasses.asdict(config.model.compute),

@@ -41,7 +41,7 @@ def quantize_slices(
     elif is_blocked(in_size, config.block_size):
         fields = _blocks(read, (in_size, out_size), config, shardings)
     else:  # blocks over the flat array, which lie whole on every device
-        whole = quantize_array(read((slice(None), slice(None))), config)
+        whole: Any = quantize_array(read((slice(None), slice(None))), config)
         fields = {name: getattr(whole, name) for name in ("packed", "absmax")}
         if config.double_quantization:
             fields |= {"nested_absmax": whole.nested_absmax, "offset": whole.offset}
@@ -62,7 +62,7 @@ def place_slices(read: Read, shape: tuple[int, ...], sharding: Any) -> jax.Array
     """An array of which each device gets its own slice; copies of a slice are read once."""
     held: dict[Any, np.ndarray] = {}
 
-    def part(index: Index) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         key = tuple(s.indices(n) for s, n in zip(index, shape))
         if key not in held:
             held[key] = np.asarray(read(index), order="C")
