@@ -48,6 +48,7 @@ class PretrainedConfig:
     compute: ComputeConfig = ComputeConfig()
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of its config.json
     ignore_fields: tuple[str, ...] = ()  # of its config.json, that change nothing
+    cache: str | None = None  # folder that keeps quantised weights, for later starts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -56,13 +56,14 @@ class FourBitFiles:
         state = next(part for part in self.parts[name] if ".quant_state." in part)
         return tuple(json.loads(self.files.read(state).tobytes())["shape"])
 
-    def read(self, name: str) -> Any:
-        """An array, or the leaf of a four-bit weight: of numpy arrays, for a kernel `[in, out]`.
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> Any:
+        """An array or a slice of it, or the whole leaf of a four-bit weight: of numpy arrays, for a
+        kernel `[in, out]`.
 
         Raises ValueError naming the weight whose parts do not fit together.
         """
         if name not in self.parts:
-            return self.files.read(name)
+            return self.files.read(name, index)
         stem = name.removesuffix("weight")
         tensors = {part.removeprefix(stem): self.files.read(part) for part in self.parts[name]}
         try:

@@ -39,8 +39,9 @@ class Checkpoint:
         """Whether `read` gives a four-bit leaf, whose kernel is `[in, out]`."""
         return self.file_names[name] in self.tensors.four_bit
 
-    def read(self, name: str) -> Any:
-        array = self.tensors.read(self.file_names[name])
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> Any:
+        """The tensor or that slice of it; a four-bit leaf has no slices."""
+        array = self.tensors.read(self.file_names[name], index)
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{self.where(name)} has dtype {array.dtype}, not a float.")
         return array
