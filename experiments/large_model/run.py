@@ -1,5 +1,6 @@
 """Loads a LLaMA of 3 B parameters in NF4 and trains a QLoRA step, watching resident memory.
 
+    export XLA_FLAGS=--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED
     python experiments/large_model/run.py --write=/tmp/large_model
     python experiments/large_model/run.py --model=/tmp/large_model
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import pathlib
 import threading
 import time
@@ -23,7 +25,7 @@ import numpy as np
 from absl import app, flags
 
 from lorax_ft import inspection, methods, training, trees
-from lorax_ft.adapted import make_apply
+from lorax_ft.adapted import make_outputs
 from lorax_ft.models import LlamaConfig, build, hub, hugging_face, matching, tensor_files
 from lorax_ft.quantization import QuantizationConfig
 
@@ -33,6 +35,7 @@ LENGTH = 64
 _WRITE = flags.DEFINE_string("write", None, "folder to write the random model to")
 _MODEL = flags.DEFINE_string("model", None, "folder to read it from")
 _LAYERS = flags.DEFINE_integer("layers", 28, "layers of the model that is written")
+_REMAT = flags.DEFINE_string("remat", "full", "what the backward pass computes again")
 _INTERVAL = flags.DEFINE_float("interval", 0.5, "seconds between two looks at the memory")
 _OUT = flags.DEFINE_string("out", str(HERE), "folder of the results")
 
@@ -111,7 +114,11 @@ def train_one_step(folder: pathlib.Path, memory: Memory) -> dict[str, object]:
     memory.phase = "load and quantise"
     start = time.perf_counter()
     model, params = hub.load(
-        folder, quantization=QuantizationConfig(), dtype="bfloat16", param_dtype="bfloat16"
+        folder,
+        quantization=QuantizationConfig(),
+        dtype="bfloat16",
+        param_dtype="bfloat16",
+        remat=_REMAT.value,
     )
     load_seconds = time.perf_counter() - start
     memory.phase = "add LoRA"
@@ -124,7 +131,7 @@ def train_one_step(folder: pathlib.Path, memory: Memory) -> dict[str, object]:
     optimizer = training.OptimizerConfig(learning_rate=1e-4, schedule="constant")
     tx = training.build_optimizer(optimizer, total_steps=10)
     state = tx.init(train)
-    step = training.make_train_step(make_apply(model), training.OBJECTIVES["causal_lm"], tx)
+    step = training.make_train_step(make_outputs(model), training.OBJECTIVES["causal_lm"], tx)
     ids = np.random.default_rng(2).integers(5, 32000, (1, LENGTH)).astype(np.int32)
     batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}
     key = jax.random.key(3)
@@ -135,12 +142,17 @@ def train_one_step(folder: pathlib.Path, memory: Memory) -> dict[str, object]:
     train, state, metrics = compiled(train, state, frozen, batch, key)
     loss = float(metrics["loss"])
     step_seconds = time.perf_counter() - start
+    needed = compiled.memory_analysis()
     bf16 = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return {
         "parameters": counts.total - counts.trainable,
         "trainable": counts.trainable,
         "bf16_mb": round(bf16 / 1e6, 1),
         "kept_mb": round(counts.bytes / 1e6, 1),
+        "step_arguments_mb": round(needed.argument_size_in_bytes / 1e6, 1),
+        "step_temporary_mb": round(needed.temp_size_in_bytes / 1e6, 1),
+        "remat": _REMAT.value,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "load_seconds": round(load_seconds, 1),
         "step_seconds": round(step_seconds, 1),
         "loss": round(loss, 4),

@@ -43,6 +43,7 @@ from lorax_ft.models.streaming import (
     flatten_shardings,
     place_shapes,
     place_whole,
+    plan,
     quantize_chosen,
     read_parameter,
 )
@@ -103,8 +104,7 @@ def load(
             the arrays of what it returns are stacked. What is in four bits already it does not see.
         quantization: kernels that its patterns name are put in few bits as they are read.
         shardings: gives each array's `NamedSharding`, of the tree of parameters as
-            `ShapeDtypeStruct`s: each process then reads only what its own devices hold,
-            but of a checkpoint in four bits, which is read whole.
+            `ShapeDtypeStruct`s: each process then reads only what its own devices hold.
         cache: a folder that keeps what `quantization` made of a checkpoint, under a fingerprint of
             its files: the second time no weights are read from them (but the head that a T5 may
             share with its table).
@@ -141,9 +141,9 @@ def load(
         model = with_own_head(model, checkpoint)
         paths = new_parameters(model, checkpoint, resized=num_labels is not None)
         shapes = flatten(model.shapes())
-        planned = quantize_chosen(shapes, quantization)
+        planned = plan(model, checkpoint, quantization)
         placed: dict[str, Any] = {}
-        if shardings is not None and not in_four_bits:
+        if shardings is not None:
             tree = with_fields(model.shapes(), planned)
             placed = flatten_shardings(shardings(tree), planned)
         read = functools.partial(
@@ -175,10 +175,7 @@ def load(
         for path, value in new.items():
             value = value if transform is None else transform(path, value)
             params[path] = place_whole(value, placed.get(path))
-        params = with_fields(model.shapes(), params)
-        if shardings is not None and in_four_bits:
-            params = place_whole(params, shardings(params))
-        return model, params
+        return model, with_fields(model.shapes(), params)
 
 
 def describe(

@@ -12,11 +12,14 @@ import hashlib
 import json
 import logging
 import pathlib
+import secrets
 import shutil
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from lorax_ft import trees
 from lorax_ft.models.tensor_files import read_json, write_json
@@ -26,7 +29,7 @@ PyTree = Any
 
 FORMAT = 1  # raised when an older entry would be misread
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
-_RECORD = "record.json"  # written last: an entry that has it is whole
+_RECORD = "record.json"  # written last: what has it is whole
 logger = logging.getLogger(__name__)
 
 
@@ -40,10 +43,11 @@ def restore_or_make(
 
     `like` has their structure, of `ShapeDtypeStruct`s with shardings.
     """
-    params = _restore(directory, like, fingerprint)
+    is_there = directory.is_dir()
+    params = _restore(directory, like, fingerprint) if is_there else None
     if params is None:
         params = make()
-        _save(directory, params, fingerprint(params))
+        _save(directory, params, fingerprint(params), replace=is_there)
     return params
 
 
@@ -80,9 +84,7 @@ def entry(
 
 
 def _restore(directory: pathlib.Path, like: PyTree, fingerprint: Callable[[PyTree], str]) -> PyTree:
-    """The parameters of an entry; None where there is none and, warned of, for a broken one."""
-    if not directory.is_dir():
-        return None
+    """The parameters of an entry; None and a warning for a broken one."""
     import orbax.checkpoint as ocp
 
     try:
@@ -90,31 +92,67 @@ def _restore(directory: pathlib.Path, like: PyTree, fingerprint: Callable[[PyTre
         with ocp.StandardCheckpointer() as reader:
             arrays = reader.restore(directory / "arrays", trees.flatten_arrays(like))
         params = jax.tree_util.tree_map_with_path(
-            lambda path, _: arrays[trees.path_name(path)], like
+            lambda path, _: _as_read(arrays.pop(trees.path_name(path))), like
         )
         if fingerprint(params) != record["fingerprint"]:
             raise ValueError("its arrays do not have the fingerprint they were written with")
-    except Exception as error:
+    except Exception as error:  # whatever a damaged file makes of orbax and tensorstore
         first_line = (str(error).splitlines() or [type(error).__name__])[0][:200]
         logger.warning("The quantised weights in %s are made anew: %s", directory, first_line)
         return None
     return params
 
 
-def _save(directory: pathlib.Path, params: PyTree, fingerprint: str) -> None:
-    """Writes an entry, in place of a broken one. A disk that is full is a warning in the log."""
+def _as_read(array: jax.Array) -> jax.Array:
+    """An array that no sharding was asked for, free to go to any device as one from a file is."""
+    if isinstance(array.sharding, jax.sharding.SingleDeviceSharding):
+        return jnp.asarray(np.asarray(array))
+    return array
+
+
+def _save(directory: pathlib.Path, params: PyTree, fingerprint: str, *, replace: bool) -> None:
+    """Writes an entry, in place of a broken one where `replace`, under a name of its own until it
+    is whole. A disk that is full is a warning in the log.
+
+    Another program may make the same entry at the same time: the first that is whole is kept.
+    """
     import orbax.checkpoint as ocp
 
     is_first = jax.process_index() == 0
+    temporary = directory.with_name(f".{directory.name}.{_token()}.tmp")
+    broken = temporary.with_suffix(".broken")
     try:
         if is_first:
-            shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir(parents=True)
+            temporary.mkdir(parents=True)
         with ocp.StandardCheckpointer() as writer:
-            writer.save(directory / "arrays", trees.flatten_arrays(params), force=True)
+            writer.save(temporary / "arrays", trees.flatten_arrays(params))
         if is_first:
-            write_json(directory / _RECORD, {"fingerprint": fingerprint, "format": FORMAT})
+            write_json(temporary / _RECORD, {"fingerprint": fingerprint, "format": FORMAT})
+            if replace:
+                directory.rename(broken)
+            _install(temporary, directory)
     except (OSError, ValueError) as error:
         logger.warning("The quantised weights could not be kept in %s: %s", directory, error)
+    finally:
         if is_first:
-            shutil.rmtree(directory, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(broken, ignore_errors=True)
+
+
+def _install(temporary: pathlib.Path, directory: pathlib.Path) -> None:
+    """Gives an entry its name, if another program has not given it to a whole one."""
+    try:
+        temporary.rename(directory)
+    except OSError:
+        if not (directory / _RECORD).exists():
+            raise
+
+
+def _token() -> str:
+    """Random, and the same in every process of this program."""
+    token = np.uint32(secrets.randbits(32))
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        token = multihost_utils.broadcast_one_to_all(token)
+    return f"{int(token):08x}"

@@ -52,6 +52,11 @@ def read_parameter(
     `shardings` is that of the array, or the leaf that it becomes with one for each of its arrays.
     """
     names = tensor_names(model, path, shape.shape)
+    if len({checkpoint.is_four_bit(name) for name in names.values()}) > 1:
+        raise ValueError(
+            f"{checkpoint.directory}: the layers of {path} are not all kept alike, some of "
+            "them in four bits: they cannot be stacked. Pass scan_layers=False."
+        )
     stacked = None not in names
     of_layer = shape if not stacked else jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype)
     layer_shardings = jax.tree.map(_of_layer, shardings) if stacked else shardings
@@ -74,7 +79,11 @@ def read_parameter(
                 raise ValueError(
                     f"{checkpoint.where(name)}: a four-bit weight cannot be reordered."
                 )
-            return jax.tree.map(jnp.asarray, checkpoint.read(name).astype(shape.dtype))
+            if shardings is None:
+                leaf = jax.tree.map(jnp.asarray, checkpoint.read(name))
+            else:
+                leaf = checkpoint.place_four_bit(name, layer_shardings)
+            return leaf.astype(shape.dtype)
         if shardings is None:
             array = read(name, (slice(None),) * len(of_layer.shape))
             if quantized is not None:
@@ -92,17 +101,10 @@ def read_parameter(
 
     if not stacked:
         return layer(names[None])
-    stack, structure = None, None
+    stack = None
     for i, name in enumerate(names.values()):
         part = layer(name)
-        if stack is None:
-            structure = jax.tree.structure(part)
-            stack = _empty(part, len(names), shardings)
-        elif jax.tree.structure(part) != structure:
-            raise ValueError(
-                f"{checkpoint.directory}: the layers of {path} are not all kept alike, some of "
-                "them in four bits: they cannot be stacked. Pass scan_layers=False."
-            )
+        stack = _empty(part, len(names), shardings) if stack is None else stack
         stack = jax.block_until_ready(_with_layer(stack, part, i))
     return stack
 
@@ -124,6 +126,25 @@ def place_shapes(shapes: Any, shardings: Any) -> Any:
         shapes,
         shardings,
     )
+
+
+def plan(
+    model: Model, checkpoint: Checkpoint, quantization: QuantizationConfig | None
+) -> dict[str, Any]:
+    """By path, what each parameter becomes when it is read, of `ShapeDtypeStruct`s."""
+    shapes = flatten(model.shapes())
+    planned = quantize_chosen(shapes, quantization)
+    for path, shape in shapes.items():
+        names = tensor_names(model, path, shape.shape)
+        first = next(iter(names.values()))
+        if not checkpoint.is_four_bit(first):
+            continue
+        layers = () if None in names else (len(names),)
+        planned[path] = jax.tree.map(
+            lambda field, layers=layers: jax.ShapeDtypeStruct(layers + field.shape, field.dtype),
+            checkpoint.four_bit_like(first).astype(shape.dtype),
+        )
+    return planned
 
 
 def quantize_chosen(

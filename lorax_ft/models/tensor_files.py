@@ -48,15 +48,27 @@ class TensorFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.handles[self.file_of[name]].get_slice(name).get_shape())
 
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """The tensor, or that slice of it, as a copy: the file's pages are let go of at once."""
+    def read(
+        self,
+        name: str,
+        index: tuple[slice, ...] = (),
+        *,
+        shape: tuple[int, ...] | None = None,
+        dtype: Any = None,
+    ) -> np.ndarray:
+        """The tensor, or that slice of it, as a copy: the file's pages are let go of at once.
+
+        `shape` and `dtype` are others that its bytes are seen in. Raises ValueError where they do
+        not fit.
+        """
         path = self.file_of[name]
         start, entries = _header(path)
         entry = entries[name]
         first, end = entry["data_offsets"]
-        dtype, shape = _DTYPES.get(entry["dtype"]), entry["shape"]
-        if dtype is None:
+        own_dtype = _DTYPES.get(entry["dtype"])
+        if own_dtype is None:
             raise ValueError(f"{path}: the tensor {name!r} has dtype {entry['dtype']}.")
+        dtype, shape = dtype or own_dtype, entry["shape"] if shape is None else shape
         if first == end:
             return np.empty(shape, dtype)[index]
         data = np.memmap(path, np.uint8, mode="r", offset=start + first, shape=(end - first,))

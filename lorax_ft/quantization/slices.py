@@ -1,4 +1,4 @@
-"""Kernels quantised slice by slice, straight to where they lie on a mesh.
+"""Kernels quantised, or read in few bits, slice by slice, straight to where they lie on a mesh.
 
 A process reads and encodes what its own devices hold of a kernel. Only the absolute maxima that are
 over the whole of it are exchanged: a 64th of the kernel, or a number for each output.
@@ -13,9 +13,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lorax_ft.quantization.bitsandbytes import LEAVES
+from lorax_ft.quantization.bitsandbytes import LEAVES, blocks_in_columns
 from lorax_ft.quantization.encoding import compress_absmax, encode_matrix, is_blocked
 from lorax_ft.quantization.int8 import encode_int8, int8_absmax
+from lorax_ft.quantization.nf4 import FourBit
 from lorax_ft.quantization.quantize import QuantizationConfig, quantize_array
 
 Index = tuple[slice, ...]
@@ -50,6 +51,37 @@ def quantize_slices(
     )
 
 
+def convert_slices(
+    read: Callable[[str, tuple[int, int], Index], np.ndarray], kernel: FourBit, shardings: Any
+) -> FourBit:
+    """A blocked leaf of bitsandbytes' tensors, bit for bit that of `from_bitsandbytes`.
+
+    Args:
+        read: `(name, shape, index)` gives a slice of `weight`, bytes `[out, in / 2]`, and of
+            `weight.absmax`, `[out, in / block_size]`.
+        kernel: the leaf as `without_codes` gives it.
+        shardings: the leaf with a `NamedSharding` in place of each array.
+    """
+    out_size, half = kernel.out_size, kernel.block_size // 2
+    blocks = kernel.in_size // kernel.block_size
+
+    def packed(index: Index) -> np.ndarray:
+        start, stop, _ = index[0].indices(blocks * half)
+        first, last = start // half, -(-stop // half)
+        whole = index[1], slice(first * half, last * half)
+        rows = blocks_in_columns(read("weight", (out_size, blocks * half), whole), 2 * half)
+        return rows[start - first * half : stop - first * half]
+
+    def absmax(index: Index) -> np.ndarray:
+        return read("weight.absmax", (out_size, blocks), index[::-1]).T
+
+    nested = jax.tree.map(place, kernel, shardings.replace(packed=None, absmax=None))
+    return nested.replace(
+        packed=place_slices(packed, (blocks * half, out_size), shardings.packed),
+        absmax=place_slices(absmax, (blocks, out_size), shardings.absmax),
+    )
+
+
 def place(value: Any, sharding: NamedSharding) -> jax.Array:
     """A host array that every process has, or an array that lies so already, on the mesh."""
     if isinstance(value, jax.Array):
@@ -63,7 +95,7 @@ def place_slices(read: Read, shape: tuple[int, ...], sharding: Any) -> jax.Array
     held: dict[Any, np.ndarray] = {}
 
     def part(index: Any) -> np.ndarray:
-        key = tuple(s.indices(n) for s, n in zip(index, shape))
+        key = _resolved(index, shape)
         if key not in held:
             held[key] = np.asarray(read(index), order="C")
         return held[key]
@@ -108,23 +140,33 @@ def _blocks(
 
 
 def _int8(read: Read, shape: tuple[int, int], shardings: Any) -> dict[str, Any]:
-    """The fields of an eight-bit leaf: maxima of what the devices hold first, then of all rows."""
+    """The fields of an eight-bit leaf: maxima of what the devices hold first, then of all rows.
+
+    What was read for its maxima is kept until it is encoded.
+    """
     sharding = shardings.quantized
     shard_shape = sharding.shard_shape(shape)
     parts = shape[0] // shard_shape[0]
     spec = PartitionSpec(*(*sharding.spec, None, None)[:2])
+    held: dict[Any, np.ndarray] = {}
 
     def maxima(index: Index) -> np.ndarray:
         first, last, _ = index[0].indices(parts)
-        rows = slice(first * shard_shape[0], last * shard_shape[0])
-        return int8_absmax(read((rows, index[1])))[None]
+        index = slice(first * shard_shape[0], last * shard_shape[0]), index[1]
+        part = held[_resolved(index, shape)] = read(index)
+        return int8_absmax(part)[None]
+
+    def codes(index: Index) -> np.ndarray:
+        return encode_int8(held.pop(_resolved(index, shape)), absmax[index[1]])[0]
 
     partial = place_slices(maxima, (parts, shape[1]), NamedSharding(sharding.mesh, spec))
     absmax = on_host(partial).max(axis=0)
-    quantized = place_slices(
-        lambda index: encode_int8(read(index), absmax[index[1]])[0], shape, sharding
-    )
-    return {"quantized": quantized, "absmax": absmax}
+    return {"quantized": place_slices(codes, shape, sharding), "absmax": absmax}
+
+
+def _resolved(index: Index, shape: tuple[int, ...]) -> Any:
+    """The same for every way to write a slice."""
+    return tuple(s.indices(n) for s, n in zip(index, shape))
 
 
 def on_host(array: Any) -> np.ndarray:
