@@ -175,7 +175,7 @@ def plot(rows: list[dict], result: dict, path: pathlib.Path) -> None:
         result["bf16_mb"] / 1000, color="grey", linestyle="--", label="the model in bfloat16"
     )
     starts: dict[str, float] = {}
-    for row in rows:
+    for row in rows[1:]:  # the first is of the thread's own start
         starts.setdefault(row["phase"], row["seconds"])
     for phase, second in starts.items():
         axis.axvline(second, color="lightgrey", linewidth=0.8)

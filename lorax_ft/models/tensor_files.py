@@ -68,7 +68,8 @@ class TensorFiles:
         own_dtype = _DTYPES.get(entry["dtype"])
         if own_dtype is None:
             raise ValueError(f"{path}: the tensor {name!r} has dtype {entry['dtype']}.")
-        dtype, shape = dtype or own_dtype, entry["shape"] if shape is None else shape
+        dtype = own_dtype if dtype is None else dtype
+        shape = tuple(entry["shape"]) if shape is None else shape
         if first == end:
             return np.empty(shape, dtype)[index]
         data = np.memmap(path, np.uint8, mode="r", offset=start + first, shape=(end - first,))
