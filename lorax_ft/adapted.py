@@ -66,8 +66,8 @@ def load_base(
 ) -> Base:
     """The pretrained model with the config's quantisation, but for what LoRA decomposes first.
 
-    On a mesh of several devices its weights are read straight to their places there, but where
-    LoRA decomposes them first: `adapt` places those.
+    On a mesh of several devices its weights are read straight to their places there, and quantised
+    ones are kept in `model.cache`, but where LoRA decomposes them first: `adapt` places those.
     """
     quantization = None if decomposes(config) else config.quantization
     shardings = None

@@ -85,6 +85,11 @@ class ExperimentConfig:
                 "nothing would be trained: add a section for a method "
                 f"({', '.join(METHODS)}), such as --config.lora.rank=8."
             )
+        if self.model.cache is not None and self.quantization is None:
+            raise ValueError(
+                f"model.cache = {self.model.cache!r}: it keeps quantised weights. Set quantization "
+                "too, such as --config.quantization.kind=nf4, or leave it None."
+            )
         if (packed := self.data.packed_length) is not None and (self.prompt or self.p_tuning):
             raise ValueError(
                 f"data.packed_length = {packed}: a prompt stands before each text, and packed rows "

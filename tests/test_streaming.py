@@ -137,7 +137,7 @@ def test_host_memory_stays_under_two_tensors_above_what_is_kept(
     model = models.build(config, task="causal_lm")
     models.save(tmp_path / "model", model, model.init(jax.random.key(0)))
     tensor = 512 * 1024 * 4
-    options = {"quantization": dataclasses.replace(KINDS[kind], targets=r".*mlp/.*kernel")}
+    options = {"quantization": dataclasses.replace(KINDS[kind], targets=r".*up/kernel")}
     options["shardings"] = placement
     models.load(tmp_path / "model", **options)  # modules imported, writers compiled
     tracemalloc.start()
