@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import shutil
+import socket
+import subprocess
+import sys
 import tracemalloc
 
 import jax
@@ -111,6 +114,56 @@ def test_unrolled_layers_and_narrow_parameters_stream_alike(directory):
 def test_no_slice_of_a_kernel_is_read_twice_or_in_full(directory, read_sizes, kind):
     models.load(directory, quantization=KINDS[kind], shardings=on_mesh)
     assert read_sizes[O_PROJ] == [128 * 128 // 4] * 4  # copies on other devices are not read again
+
+
+PROCESS = """
+import os, sys
+folder, cache, port, index = *sys.argv[1:4], int(sys.argv[4])
+os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+import jax
+jax.distributed.initialize("localhost:" + port, num_processes=2, process_id=index)
+from lorax_ft import models, training
+from lorax_ft.models import tensor_files
+from lorax_ft.quantization import QuantizationConfig
+
+read, sizes = tensor_files.TensorFiles.read, []
+def counting(self, name, *args, **options):
+    array = read(self, name, *args, **options)
+    if name == "model.layers.1.self_attn.o_proj.weight":
+        sizes.append(array.size)
+    return array
+
+tensor_files.TensorFiles.read = counting
+mesh = training.make_mesh(training.MeshConfig(fsdp=2, tensor=2))
+for start in range(2):
+    _, params = models.load(
+        folder,
+        quantization=QuantizationConfig(),
+        shardings=lambda params: training.shardings(params, mesh),
+        cache=cache,
+    )
+    print("RESULT", models.fingerprint(params), sizes)
+"""
+
+
+def test_two_processes_read_half_each_and_share_a_cache(directory, whole, tmp_path):
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        port = str(server.getsockname()[1])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, directory, tmp_path / "cache", port, str(index)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+
+    fingerprint = models.fingerprint(quantize(whole, KINDS["nf4"]))
+    for output in outputs:
+        lines = [line for line in output.splitlines() if line.startswith("RESULT")]
+        assert lines == [f"RESULT {fingerprint} {[128 * 128 // 4] * 2}"] * 2  # none the second time
 
 
 def test_a_checkpoint_in_four_bits_is_read_by_slices_too(four_bit, read_sizes):
