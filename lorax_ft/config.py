@@ -48,6 +48,7 @@ class PretrainedConfig:
     compute: ComputeConfig = ComputeConfig()
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of its config.json
     ignore_fields: tuple[str, ...] = ()  # of its config.json, that change nothing
+    cache: str | None = None  # folder that keeps quantised weights, for later starts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,11 @@ class ExperimentConfig:
             raise ValueError(
                 "nothing would be trained: add a section for a method "
                 f"({', '.join(METHODS)}), such as --config.lora.rank=8."
+            )
+        if self.model.cache is not None and self.quantization is None:
+            raise ValueError(
+                f"model.cache = {self.model.cache!r}: it keeps quantised weights. Set quantization "
+                "too, such as --config.quantization.kind=nf4, or leave it None."
             )
         if (packed := self.data.packed_length) is not None and (self.prompt or self.p_tuning):
             raise ValueError(

@@ -217,6 +217,8 @@ def batch_sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding
 
 def _put(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     """`jax.device_put`, also over several processes that each hold the whole array."""
+    if getattr(array, "sharding", None) == sharding:
+        return array  # read straight to its place
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
