@@ -32,7 +32,6 @@ KINDS = {
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)  # four parts of a kernel, each on two devices
 O_PROJ = "model.layers.1.self_attn.o_proj.weight"
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture(scope="module")
@@ -190,14 +189,15 @@ def test_host_memory_stays_under_two_tensors_above_what_is_kept(
     model = models.build(config, task="causal_lm")
     models.save(tmp_path / "model", model, model.init(jax.random.key(0)))
     tensor = 512 * 1024 * 4
-    options = {"quantization": dataclasses.replace(KINDS[kind], targets=r".*up/kernel")}
+    options = {"quantization": dataclasses.replace(KINDS[kind], targets=r".*kernel")}
     options["shardings"] = placement
     models.load(tmp_path / "model", **options)  # modules imported, writers compiled
     tracemalloc.start()
-    models.load(tmp_path / "model", **options)
-    _, peak = tracemalloc.get_traced_memory()
+    loaded = models.load(tmp_path / "model", **options)
+    kept, peak = tracemalloc.get_traced_memory()  # JAX's arrays may lie where NumPy's did
     tracemalloc.stop()
-    assert tensor < peak < 2 * tensor
+    del loaded
+    assert kept < tensor < peak < kept + 2 * tensor
 
 
 # --- The cache of quantised weights ---------------------------------------------------------------
