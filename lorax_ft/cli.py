@@ -24,6 +24,7 @@ import pathlib
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ from absl import flags
 from lorax_ft import huge_pages
 
 HELP = {"help", "--help", "-h"}
+STOPPED = 75  # exit code of a run that SIGTERM stopped after it had saved (sysexits' EX_TEMPFAIL)
 EARLY_STOPPING: dict[str, bool | str] = {"false": False, "true": True, "never": "never"}
 # What the library raises where its input is at fault. RuntimeError: another run has the directory;
 # FloatingPointError: too many losses were not finite.
@@ -42,9 +44,25 @@ BAD_INPUT = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line (by default the process's own) and returns its exit code."""
-    is_process = argv is None
-    argv = list(sys.argv if argv is None else argv)
+    """Runs a command line (by default the process's own) and returns its exit code.
+
+    0: done; 2: bad input; 75: stopped by SIGTERM and saved, so that the same command goes on.
+    """
+    if argv is not None:
+        return _main(list(argv), is_process=False)
+    try:
+        code = _main(list(sys.argv), is_process=True)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code not in (0, STOPPED) and "jax" in sys.modules:
+        from lorax_ft.training import processes
+
+        processes.leave(code)
+    return code
+
+
+def _main(argv: list[str], *, is_process: bool) -> int:
     word, *rest = argv[1:] or [""]
     if word in HELP:
         print(_usage())
@@ -61,8 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = values([argv[0], *rest])[1:]
         if is_process and values.huge_pages:
             huge_pages.restart()
-        command.run(values, arguments)
-        return 0
+        return command.run(values, arguments) or 0
     except BAD_INPUT as error:
         if any(re.fullmatch("--?traceback(=true)?", argument) for argument in rest):
             raise
@@ -75,21 +92,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
-    """What a word of the program does, its flags, and its function of (flags, arguments)."""
+    """What a word of the program does, its flags, and its function of (flags, arguments).
+
+    That returns the exit code, where it is not 0.
+    """
 
     description: str
     define: Callable[[flags.FlagValues, list[str]], None]
-    run: Callable[[Any, list[str]], None]
+    run: Callable[[Any, list[str]], int | None]
 
 
-def train(values: Any, arguments: list[str]) -> None:
+def train(values: Any, arguments: list[str]) -> int:
     _no_arguments(arguments)
     from lorax_ft import experiment
 
     directory = values.run_dir or default_run_dir(
         values["config"].config_filename, values["config"].override_values
     )
-    experiment.train(_config(values), directory, command=train_command(values["config"], directory))
+    command = train_command(values["config"], directory)
+    results = experiment.train(_config(values), directory, command=command)
+    return STOPPED if results.get("outcome") == "preempted" else 0
 
 
 def evaluate(values: Any, arguments: list[str]) -> None:

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lorax_ft import trees
 from lorax_ft.leaves import Leaf
+from lorax_ft.training.shares import place_rows, share_of
 
 PyTree = Any
 
@@ -167,23 +168,20 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """A batch on the mesh, its first axis split over `data` and `fsdp`.
 
-    Each process gives its own rows; the global batch is all of them. Raises ValueError where the
-    rows do not divide.
+    Each process gives the rows of its `share_of` the mesh; the global batch is all of them. Raises
+    ValueError where the rows do not divide.
     """
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     sharding = NamedSharding(mesh, BATCH)
     for name, array in batch.items():
-        rows = array.shape[0] * jax.process_count()
+        rows = array.shape[0] * share_of(mesh).count
         if rows % parts:
             raise ValueError(
                 f"A batch of {rows} rows ({name}) cannot be split over data × fsdp = {parts} "
                 "devices. "
                 f"Choose a batch size that is a multiple of {parts}."
             )
-    return {
-        name: jax.make_array_from_process_local_data(sharding, np.asarray(array))
-        for name, array in batch.items()
-    }
+    return {name: place_rows(np.asarray(array), sharding) for name, array in batch.items()}
 
 
 def _put(array: jax.Array, sharding: NamedSharding) -> jax.Array:
