@@ -103,8 +103,11 @@ def together(config: ProcessesConfig | None) -> Iterator[None]:
             return
         if jax.process_index() != 0:
             stack.enter_context(_quiet())
+        from jax.experimental import multihost_utils
+
         try:
             yield
+            multihost_utils.sync_global_devices("the end of a run")  # the first still writes
         except Exception as error:
             if told := _words_of_loss(error):
                 raise ConnectionError(
@@ -112,9 +115,6 @@ def together(config: ProcessesConfig | None) -> Iterator[None]:
                     f"one is gone ({told}). {GO_ON}"
                 ) from error
             raise
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("the end of a run")  # the first still writes
 
 
 def is_one_of_many() -> bool:

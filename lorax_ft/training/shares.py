@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -74,19 +75,19 @@ def place_rows(array: np.ndarray, sharding: jax.sharding.NamedSharding) -> jax.A
 def gather(tree: PyTree) -> PyTree | None:
     """The tree with every array whole, on the first process; None on the others.
 
-    All must call it. An array that several processes hold parts of becomes a NumPy one; the others
-    meet one such array at a time.
+    All must call it. An array on several processes becomes one of a local device; those that are
+    not the first meet one such array at a time.
     """
 
     def whole(array: Any) -> Any:
         if not isinstance(array, jax.Array) or array.is_fully_addressable:
             return array
         if array.is_fully_replicated:
-            return np.asarray(array)
+            return jnp.asarray(np.asarray(array))
         from jax.experimental import multihost_utils
 
         found = multihost_utils.process_allgather(array, tiled=True)
-        return np.asarray(found) if jax.process_index() == 0 else None
+        return jnp.asarray(found) if jax.process_index() == 0 else None
 
     found = jax.tree.map(whole, tree)
     return found if jax.process_index() == 0 else None
