@@ -21,6 +21,7 @@ from lorax_ft.training import processes
 from lorax_ft.training.processes import ProcessesConfig, together
 from lorax_ft.training.records import read_records
 from lorax_ft.training.shares import find_share
+from tests.test_loop import ToyBatches, kernel_norm, run, terminate
 
 # Sums over devices and processes are added in another order than on one device.
 NEAR = {"rtol": 1e-4, "atol": 1e-5}
@@ -29,8 +30,8 @@ PROCESS = """
 import os, sys
 directory, port, scenario, index, count = *sys.argv[1:4], *map(int, sys.argv[4:])
 os.environ |= {{"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}}
-sys.path.insert(0, {tests!r})
-from test_loop import *
+sys.path.insert(0, {root!r})
+from tests.test_loop import *
 from lorax_ft.training.processes import ProcessesConfig, check_same, together
 from lorax_ft.training.shares import share_of
 
@@ -79,18 +80,16 @@ with together(config):
 
 def run_together(directory, scenario, count=2):
     """(exit code, what it printed, its errors) of each process."""
-    code = PROCESS.format(tests=str(pathlib.Path(__file__).parent))
+    code = PROCESS.format(root=str(ROOT))
     with socket.socket() as server:
         server.bind(("localhost", 0))
         port = str(server.getsockname()[1])
-    paths = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     started = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(directory), port, scenario, str(index), str(count)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": paths},
         )
         for index in range(count)
     ]
@@ -109,7 +108,7 @@ def whole(tmp_path_factory):
 def shared(tmp_path_factory):
     """What two processes with two devices each did, one scenario after another."""
     directory = tmp_path_factory.mktemp("processes")
-    run(directory / "from_one", ToyBatches(terminate(4)), evaluate=kernel_norm, eval_every=4)
+    run(directory / "from_one", ToyBatches(terminate(5)), evaluate=kernel_norm, eval_every=4)
     return directory, run_together(directory, "works")
 
 
