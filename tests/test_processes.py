@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+from lorax_ft import sweeps
 from lorax_ft.config import ExperimentConfig, parse
 from lorax_ft.runs import check_run, identity, start_run
 from lorax_ft.training import processes
@@ -26,6 +27,7 @@ from tests.test_loop import ToyBatches, kernel_norm, run, terminate
 # Sums over devices and processes are added in another order than on one device.
 NEAR = {"rtol": 1e-4, "atol": 1e-5}
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+CONFIG = {"model": {"path": "m"}, "data": {"source": {"train": "t.csv"}, "task": {}}, "lora": {}}
 PROCESS = """
 import os, sys
 directory, port, scenario, index, count = *sys.argv[1:4], *map(int, sys.argv[4:])
@@ -222,6 +224,13 @@ def test_one_process_is_alone_and_needs_no_coordinator():
     with together(ProcessesConfig(coordinator="localhost:9", count=1, index=0)):
         assert not jax.distributed.is_initialized()
         processes.check_same(anything=object())
+
+
+def test_a_sweep_is_not_of_several_processes(tmp_path):
+    config = parse(CONFIG | {"processes": {"cluster": "auto"}}, ExperimentConfig)
+
+    with pytest.raises(ValueError, match=r"config\.processes is for one run"):
+        sweeps.train(config, sweeps.SweepConfig(runs=[{"seed": 1}]), tmp_path)
 
 
 def test_mesh_and_processes_are_no_part_of_what_a_run_is(tmp_path):
