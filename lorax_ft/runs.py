@@ -28,6 +28,7 @@ from lorax_ft.models.tensor_files import new_directory, read_json
 PyTree = Any
 PEFT = "peft"
 ADAPTER, RECORD, TENSORS = "adapter", "adapter.json", "trainable.safetensors"
+PLACEMENT = ("mesh", "processes")  # where a run is computed, which is no part of what it is
 FORMAT = 1  # of an adapter; raised when an older reader would misread a newer one
 
 
@@ -46,13 +47,26 @@ def config_text(config: ExperimentConfig) -> str:
     return json.dumps(to_dict(config), indent=2) + "\n"
 
 
+def identity(config: ExperimentConfig) -> str:
+    """What a run is a run of, as text: its config but for where it is computed."""
+    kept = {key: value for key, value in to_dict(config).items() if key not in PLACEMENT}
+    return json.dumps(kept, indent=2) + "\n"
+
+
 def check_run(directory: pathlib.Path, config: ExperimentConfig) -> None:
-    """Raises ValueError, naming the keys that differ, where another config's run is there."""
+    """Raises ValueError, naming the keys that differ, where another config's run is there.
+
+    It may have been on another mesh or on other processes.
+    """
     path = directory / "config.json"
     if not path.exists():
         return
     found, given = flat(read_json(path)), flat(to_dict(config))
-    different = [key for key in found | given if found.get(key) != given.get(key)]
+    different = [
+        key
+        for key in found | given
+        if found.get(key) != given.get(key) and key.split(".")[1] not in PLACEMENT
+    ]
     if different:
         lines = [f"  {key}: {found.get(key)!r} there, {given.get(key)!r} here" for key in different]
         raise ValueError(

@@ -42,6 +42,7 @@ LAYERS = (
     "finished",
     "sweeps",
     "huge_pages",
+    "options",
     "cli",
 )
 HEAVY = {

@@ -1,0 +1,249 @@
+"""Processes: several compute what one does, stop together, and say so when one of them is lost."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from lorax_ft import sweeps
+from lorax_ft.config import ExperimentConfig, parse
+from lorax_ft.runs import check_run, identity, start_run
+from lorax_ft.training import processes
+from lorax_ft.training.processes import ProcessesConfig, together
+from lorax_ft.training.records import read_records
+from lorax_ft.training.shares import find_share
+from tests.test_loop import ToyBatches, kernel_norm, run, terminate
+
+# Sums over devices and processes are added in another order than on one device.
+NEAR = {"rtol": 1e-4, "atol": 1e-5}
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CONFIG = {"model": {"path": "m"}, "data": {"source": {"train": "t.csv"}, "task": {}}, "lora": {}}
+PROCESS = """
+import os, sys
+directory, port, scenario, index, count = *sys.argv[1:4], *map(int, sys.argv[4:])
+os.environ |= {{"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}}
+sys.path.insert(0, {root!r})
+from tests.test_loop import *
+from lorax_ft.training.processes import ProcessesConfig, check_same, together
+from lorax_ft.training.shares import share_of
+
+class Rows(ToyBatches):
+    def __init__(self, mesh, at=lambda n: None, pause=0.0):
+        super().__init__(at)
+        self.share, self.pause = share_of(mesh), pause
+
+    def __next__(self):
+        time.sleep(self.pause)
+        size = 8 // self.share.count
+        first = self.share.index * size
+        return {{name: x[first : first + size] for name, x in super().__next__().items()}}
+
+def run_on(name, at=lambda n: None, pause=0.0, **axes):
+    mesh = make_mesh(MeshConfig(**axes))
+    result, compiles = run(
+        directory + "/" + name, Rows(mesh, at, pause), mesh=mesh, evaluate=kernel_norm, eval_every=4
+    )
+    print("RESULT", name, result.outcome, result.progress.step, compiles, file=sys.stderr)
+    return result
+
+config = ProcessesConfig(
+    coordinator="localhost:" + port, count=count, index=index, lost_timeout=20, start_timeout=200
+)
+with together(config):
+    print("SPOKEN", flush=True)
+    if scenario == "dies":
+        def at(n):
+            if n == 7 and index == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+        run_on("dies", at, data=2, fsdp=2)
+    else:
+        try:
+            check_same(model=index)
+        except ValueError as error:
+            print("RESULT", error, file=sys.stderr)
+        run_on("two", data=2, fsdp=2)
+        run_on("tensor", tensor=4)
+        run_on("from_one", data=2, fsdp=2)
+        # slow, so that the others hear of the signal before the run ends
+        at = terminate(3) if index == 1 else (lambda n: None)
+        run_on("stopped", at, 0.3, fsdp=4)
+"""
+
+
+def run_together(directory, scenario, count=2):
+    """(exit code, what it printed, its errors) of each process."""
+    code = PROCESS.format(root=str(ROOT))
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        port = str(server.getsockname()[1])
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(directory), port, scenario, str(index), str(count)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(count)
+    ]
+    told = [process.communicate(timeout=600) for process in started]
+    return [(process.returncode, *words) for process, words in zip(started, told)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run on one device."""
+    directory = tmp_path_factory.mktemp("whole")
+    return directory, run(directory, evaluate=kernel_norm, eval_every=4)[0]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """What two processes with two devices each did, one scenario after another."""
+    directory = tmp_path_factory.mktemp("processes")
+    run(directory / "from_one", ToyBatches(terminate(5)), evaluate=kernel_norm, eval_every=4)
+    return directory, run_together(directory, "works")
+
+
+def losses(directory):
+    return [record["loss"] for record in read_records(directory) if "loss" in record]
+
+
+@pytest.mark.parametrize("name", ["two", "tensor", "from_one"])
+def test_two_processes_end_where_one_does(shared, whole, name):
+    directory, told = shared
+    # finished, so that this does no more than read what they saved
+    last, _ = run(directory / name, evaluate=kernel_norm, eval_every=4)
+
+    assert all(f"RESULT {name} finished 12 1" in errors for _, _, errors in told), told
+    np.testing.assert_allclose(losses(directory / name), losses(whole[0]), **NEAR)
+    chex.assert_trees_all_close(last.train, whole[1].train, **NEAR)
+
+
+def test_a_signal_to_one_process_saves_on_all_and_one_process_goes_on(shared, whole):
+    directory, told = shared
+    found = [re.search(r"RESULT stopped (\w+) (\d+)", errors) for _, _, errors in told]
+
+    assert [match and match[1] for match in found] == ["preempted"] * 2, told
+    assert found[0][2] == found[1][2]
+    assert (directory / "stopped" / "checkpoints" / found[0][2]).is_dir()
+    last, _ = run(directory / "stopped", evaluate=kernel_norm, eval_every=4)
+    chex.assert_trees_all_close(last.train, whole[1].train, **NEAR)
+
+
+def test_the_first_process_alone_speaks_and_all_end_well(shared):
+    _, told = shared
+
+    assert ["SPOKEN" in output for _, output, _ in told] == [True, False]
+    assert [code for code, _, _ in told] == [0, 0]
+
+
+def test_processes_that_were_given_other_things_are_told_which(shared):
+    for _, _, errors in shared[1]:
+        assert "must have the same model, and [1] differ from process 0" in errors
+
+
+def test_when_a_process_dies_the_others_say_so_in_time_and_the_checkpoint_is_whole(tmp_path, whole):
+    begun = time.monotonic()
+    (code, _, errors), (killed, _, _) = run_together(tmp_path, "dies")
+
+    assert killed == -signal.SIGKILL
+    assert code != 0
+    assert re.search(r"another one is gone|lost the others", errors), errors
+    assert "the same command, given to all processes, goes on" in errors
+    assert time.monotonic() - begun < 500
+    last, _ = run(tmp_path / "dies", evaluate=kernel_norm, eval_every=4)
+    chex.assert_trees_all_close(last.train, whole[1].train, **NEAR)
+
+
+def test_an_unreachable_coordinator_is_named_with_the_seconds_that_were_waited():
+    config = ProcessesConfig(coordinator="localhost:9", count=2, index=1, start_timeout=1)
+
+    with (
+        pytest.raises(ConnectionError, match=r"localhost:9, could not be reached for 1 s"),
+        together(config),
+    ):
+        raise AssertionError("not reached")
+
+
+@pytest.mark.parametrize("cluster", ["auto", "slurm", "ompi"])
+def test_a_cluster_that_is_not_there_is_named(cluster, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_"))]:
+        monkeypatch.delenv(name)
+
+    with pytest.raises(ValueError, match=f"processes.cluster = '{cluster}'"):
+        processes._find(ProcessesConfig(cluster=cluster))
+
+
+def test_slurms_variables_say_where_the_coordinator_is(monkeypatch):
+    given = {
+        "SLURM_JOB_ID": "12",
+        "SLURM_STEP_NODELIST": "node[003-004]",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": "1",
+        "SLURM_LOCALID": "0",
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+
+    found = processes._find(ProcessesConfig(cluster="slurm"))
+    assert found == ("node003:61452", 2, 1, [0])
+    assert processes._find(ProcessesConfig(cluster="auto", index=0))[2] == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "coordinator is missing"),
+        ({"coordinator": "host:1", "count": 2}, "index is missing"),
+        ({"coordinator": "host", "count": 2, "index": 0}, "expected host:port"),
+        ({"coordinator": "host:1", "count": 2, "index": 2}, "less than count = 2"),
+        ({"cluster": "auto", "lost_timeout": 0}, "lost_timeout must be at least 1, got 0"),
+    ],
+)
+def test_bad_fields_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ProcessesConfig(**fields)
+
+
+def test_rows_that_overlap_without_being_the_same_are_an_error():
+    with pytest.raises(ValueError, match="these overlap"):
+        find_share(np.array([[0, 0, 0, 1], [1, 1, 2, 2]]), 0)
+
+
+def test_one_process_is_alone_and_needs_no_coordinator():
+    with together(ProcessesConfig(coordinator="localhost:9", count=1, index=0)):
+        assert not jax.distributed.is_initialized()
+        processes.check_same(anything=object())
+
+
+def test_a_sweep_is_not_of_several_processes(tmp_path):
+    config = parse(CONFIG | {"processes": {"cluster": "auto"}}, ExperimentConfig)
+
+    with pytest.raises(ValueError, match=r"config\.processes is for one run"):
+        sweeps.train(config, sweeps.SweepConfig(runs=[{"seed": 1}]), tmp_path)
+
+
+def test_mesh_and_processes_are_no_part_of_what_a_run_is(tmp_path):
+    values = {
+        "model": {"path": "m"},
+        "data": {"source": {"train": "t.csv"}, "task": {}},
+        "lora": {},
+    }
+    one = parse(values, ExperimentConfig)
+    two = parse(values | {"mesh": {"data": -1}, "processes": {"cluster": "auto"}}, ExperimentConfig)
+
+    start_run(tmp_path, one)
+    check_run(tmp_path, two)
+
+    assert identity(one) == identity(two)
+    assert "mesh" not in json.loads(identity(one))
