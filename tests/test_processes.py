@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import chex
 import jax
@@ -28,70 +27,80 @@ from tests.test_loop import ToyBatches, kernel_norm, run, terminate
 NEAR = {"rtol": 1e-4, "atol": 1e-5}
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = {"model": {"path": "m"}, "data": {"source": {"train": "t.csv"}, "task": {}}, "lora": {}}
+# Of two processes with two devices each, the second dies in the last of several runs; of four with
+# a device each, the second is terminated in their only one.
 PROCESS = """
 import os, sys
-directory, port, scenario, index, count = *sys.argv[1:4], *map(int, sys.argv[4:])
-os.environ |= {{"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}}
-sys.path.insert(0, {root!r})
+directory, port, index, count = *sys.argv[1:3], *map(int, sys.argv[3:])
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={4 // count}"
 from tests.test_loop import *
-from lorax_ft.training.processes import ProcessesConfig, check_same, together
+from lorax_ft.training.processes import ProcessesConfig, check_same, leave, together
 from lorax_ft.training.shares import share_of
 
 class Rows(ToyBatches):
-    def __init__(self, mesh, at=lambda n: None, pause=0.0):
+    def __init__(self, mesh, at):
         super().__init__(at)
-        self.share, self.pause = share_of(mesh), pause
+        self.share = share_of(mesh)
 
     def __next__(self):
-        time.sleep(self.pause)
         size = 8 // self.share.count
         first = self.share.index * size
-        return {{name: x[first : first + size] for name, x in super().__next__().items()}}
+        return {name: x[first : first + size] for name, x in super().__next__().items()}
 
-def run_on(name, at=lambda n: None, pause=0.0, **axes):
+def run_on(name, at=lambda n: None, **axes):
     mesh = make_mesh(MeshConfig(**axes))
     result, compiles = run(
-        directory + "/" + name, Rows(mesh, at, pause), mesh=mesh, evaluate=kernel_norm, eval_every=4
+        directory + "/" + name, Rows(mesh, at), mesh=mesh, evaluate=kernel_norm, eval_every=4
     )
     print("RESULT", name, result.outcome, result.progress.step, compiles, file=sys.stderr)
-    return result
+
+def killed(n):
+    if n == 7 and index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def terminated(n):
+    if n == 7 and index == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.7 * (n > 7))  # so that all hear of the signal before the run ends
 
 config = ProcessesConfig(
     coordinator="localhost:" + port, count=count, index=index, lost_timeout=20, start_timeout=200
 )
-with together(config):
-    print("SPOKEN", flush=True)
-    if scenario == "dies":
-        def at(n):
-            if n == 7 and index == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-        run_on("dies", at, data=2, fsdp=2)
-    else:
+try:
+    with together(config):
+        print("SPOKEN", flush=True)
+        if count == 4:
+            run_on("four", terminated, data=2, fsdp=2)
+            sys.exit()
         try:
             check_same(model=index)
         except ValueError as error:
             print("RESULT", error, file=sys.stderr)
-        run_on("two", data=2, fsdp=2)
-        run_on("tensor", tensor=4)
-        run_on("from_one", data=2, fsdp=2)
-        # slow, so that the others hear of the signal before the run ends
-        at = terminate(3) if index == 1 else (lambda n: None)
-        run_on("stopped", at, 0.3, fsdp=4)
+        run_on("rows", data=2, fsdp=2)
+        run_on("inner", sequence=2, tensor=2)
+        run_on("from_one", fsdp=4)
+        run_on("dies", killed, data=2, fsdp=2)
+except ConnectionError as error:
+    print("RESULT", error, file=sys.stderr)
+    leave(1)
 """
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-def run_together(directory, scenario, count=2):
+
+def run_together(directory, count):
     """(exit code, what it printed, its errors) of each process."""
-    code = PROCESS.format(root=str(ROOT))
     with socket.socket() as server:
         server.bind(("localhost", 0))
         port = str(server.getsockname()[1])
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", code, str(directory), port, scenario, str(index), str(count)],
+            [sys.executable, "-c", PROCESS, str(directory), port, str(index), str(count)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            cwd=ROOT,
+            env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         )
         for index in range(count)
     ]
@@ -99,69 +108,84 @@ def run_together(directory, scenario, count=2):
     return [(process.returncode, *words) for process, words in zip(started, told)]
 
 
+def run_here(directory, batches=None):
+    """The run on one device; of a finished one, what was saved."""
+    return run(directory, batches, evaluate=kernel_norm, eval_every=4)[0]
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run on one device."""
     directory = tmp_path_factory.mktemp("whole")
-    return directory, run(directory, evaluate=kernel_norm, eval_every=4)[0]
+    return directory, run_here(directory)
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """What two processes with two devices each did, one scenario after another."""
-    directory = tmp_path_factory.mktemp("processes")
-    run(directory / "from_one", ToyBatches(terminate(5)), evaluate=kernel_norm, eval_every=4)
-    return directory, run_together(directory, "works")
+def two(tmp_path_factory):
+    """What two processes did, one run after another, until the second of them died."""
+    directory = tmp_path_factory.mktemp("two")
+    run_here(directory / "from_one", ToyBatches(terminate(5)))
+    return directory, run_together(directory, 2)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """What four processes did until one of them was terminated."""
+    directory = tmp_path_factory.mktemp("four")
+    return directory, run_together(directory, 4)
 
 
 def losses(directory):
-    return [record["loss"] for record in read_records(directory) if "loss" in record]
+    """Of each window of steps, by its last."""
+    found = read_records(directory)
+    return {record["step"]: record["loss"] for record in found if "loss" in record}
 
 
-@pytest.mark.parametrize("name", ["two", "tensor", "from_one"])
-def test_two_processes_end_where_one_does(shared, whole, name):
-    directory, told = shared
-    # finished, so that this does no more than read what they saved
-    last, _ = run(directory / name, evaluate=kernel_norm, eval_every=4)
+@pytest.mark.parametrize("name", ["rows", "inner", "from_one"])
+def test_two_processes_end_where_one_does(two, whole, name):
+    directory, told = two
 
     assert all(f"RESULT {name} finished 12 1" in errors for _, _, errors in told), told
-    np.testing.assert_allclose(losses(directory / name), losses(whole[0]), **NEAR)
+    chex.assert_trees_all_close(losses(directory / name), losses(whole[0]), **NEAR)
+    chex.assert_trees_all_close(run_here(directory / name).train, whole[1].train, **NEAR)
+
+
+def test_a_signal_to_one_of_four_processes_saves_on_all_and_one_process_goes_on(four, whole):
+    directory, told = four
+    found = [re.search(r"RESULT four preempted (\d+) 1", errors) for _, _, errors in told]
+
+    assert all(found), told
+    (step,) = {int(match[1]) for match in found if match}
+    assert (directory / "four" / "checkpoints" / str(step)).is_dir()
+    wanted = {at: loss for at, loss in losses(whole[0]).items() if at < step}
+    given = {at: loss for at, loss in losses(directory / "four").items() if at < step}
+    chex.assert_trees_all_close(given, wanted, **NEAR)
+    last = run_here(directory / "four")
+    assert last.outcome == "finished"
     chex.assert_trees_all_close(last.train, whole[1].train, **NEAR)
 
 
-def test_a_signal_to_one_process_saves_on_all_and_one_process_goes_on(shared, whole):
-    directory, told = shared
-    found = [re.search(r"RESULT stopped (\w+) (\d+)", errors) for _, _, errors in told]
+def test_the_first_process_alone_speaks_and_all_end_well(four):
+    _, told = four
 
-    assert [match and match[1] for match in found] == ["preempted"] * 2, told
-    assert found[0][2] == found[1][2]
-    assert (directory / "stopped" / "checkpoints" / found[0][2]).is_dir()
-    last, _ = run(directory / "stopped", evaluate=kernel_norm, eval_every=4)
-    chex.assert_trees_all_close(last.train, whole[1].train, **NEAR)
+    assert ["SPOKEN" in output for _, output, _ in told] == [True, False, False, False]
+    assert [code for code, _, _ in told] == [0, 0, 0, 0]
 
 
-def test_the_first_process_alone_speaks_and_all_end_well(shared):
-    _, told = shared
-
-    assert ["SPOKEN" in output for _, output, _ in told] == [True, False]
-    assert [code for code, _, _ in told] == [0, 0]
-
-
-def test_processes_that_were_given_other_things_are_told_which(shared):
-    for _, _, errors in shared[1]:
+def test_processes_that_were_given_other_things_are_told_which(two):
+    for _, _, errors in two[1]:
         assert "must have the same model, and [1] differ from process 0" in errors
 
 
-def test_when_a_process_dies_the_others_say_so_in_time_and_the_checkpoint_is_whole(tmp_path, whole):
-    begun = time.monotonic()
-    (code, _, errors), (killed, _, _) = run_together(tmp_path, "dies")
+def test_when_a_process_dies_the_others_say_so_and_the_checkpoint_is_whole(two, whole):
+    directory, ((code, _, errors), (killed, _, _)) = two
 
     assert killed == -signal.SIGKILL
     assert code != 0
     assert re.search(r"another one is gone|lost the others", errors), errors
     assert "the same command, given to all processes, goes on" in errors
-    assert time.monotonic() - begun < 500
-    last, _ = run(tmp_path / "dies", evaluate=kernel_norm, eval_every=4)
+    assert "RESULT dies" not in errors
+    assert list((directory / "dies" / "checkpoints").glob("[36]"))
+    last = run_here(directory / "dies")
     chex.assert_trees_all_close(last.train, whole[1].train, **NEAR)
 
 
