@@ -109,6 +109,14 @@ def train(values: Any, arguments: list[str]) -> int:
         values["config"].config_filename, values["config"].override_values
     )
     command = train_command(values["config"], directory)
+    resources = resources_of(values.resource)
+    if values.launcher == "ray":
+        from lorax_ft import cluster
+
+        cluster.train(_config(values), directory, resources, command=command)
+        return 0
+    if resources:
+        raise ValueError(f"resources {resources} need a launcher: give --launcher=ray too.")
     results = experiment.train(_config(values), directory, command=command)
     return STOPPED if results.get("outcome") == "preempted" else 0
 

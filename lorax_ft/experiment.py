@@ -124,6 +124,7 @@ def _train(config: ExperimentConfig, directory: pathlib.Path, command: str) -> d
             print(f"memory   {_memory(experiment, start)}")
         if training.is_first():
             runs.start_run(directory, config)  # only now: bad input leaves no run behind
+        training.check_shared(directory / runs.CONFIG)
         wanted = config.baseline and training.is_first()
         baseline = text_baseline(config, dataset) if wanted else None
         result = _fit(experiment, start, directory)

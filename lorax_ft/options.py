@@ -74,6 +74,15 @@ def add_train(values: flags.FlagValues, argv: list[str]) -> None:
         "with what was overridden)",
         flag_values=values,
     )
+    flags.DEFINE_enum(
+        "launcher",
+        "none",
+        ["none", "ray"],
+        "who trains: this process, or workers of the cluster of RAY_ADDRESS, or of one started "
+        "here, as processes of one run",
+        flag_values=values,
+    )
+    _add_resource(values, "ray.train.ScalingConfig", "num_workers=2, use_gpu=true")
 
 
 def add_evaluate(values: flags.FlagValues, argv: list[str]) -> None:
@@ -160,13 +169,7 @@ def add_sweep(values: flags.FlagValues, argv: list[str]) -> None:
         "of this machine), ray (the cluster of RAY_ADDRESS, or one started here), slurm",
         flag_values=values,
     )
-    flags.DEFINE_multi_string(
-        "resource",
-        [],
-        "NAME=VALUE, what a worker is given, as ray.remote or submitit names it: num_gpus=1, "
-        "slurm_partition=long, timeout_min=240; may be repeated",
-        flag_values=values,
-    )
+    _add_resource(values, "ray.remote or submitit", "num_gpus=1, slurm_partition=long")
     _require(values, "sweep")
 
 
@@ -182,6 +185,16 @@ def add_report(values: flags.FlagValues, argv: list[str]) -> None:
         None,
         ["max", "min"],
         "which of it is better (default: the sweep's)",
+        flag_values=values,
+    )
+
+
+def _add_resource(values: flags.FlagValues, names: str, examples: str) -> None:
+    flags.DEFINE_multi_string(
+        "resource",
+        [],
+        f"NAME=VALUE, what a launcher's workers are given, as {names} names it: {examples}; may be "
+        "repeated",
         flag_values=values,
     )
 

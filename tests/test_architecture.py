@@ -40,6 +40,7 @@ LAYERS = (
     "experiment",
     "planning",
     "finished",
+    "cluster",
     "sweeps",
     "huge_pages",
     "options",

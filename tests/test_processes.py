@@ -34,7 +34,7 @@ import os, sys
 directory, port, index, count = *sys.argv[1:3], *map(int, sys.argv[3:])
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={4 // count}"
 from tests.test_loop import *
-from lorax_ft.training.processes import ProcessesConfig, check_same, leave, together
+from lorax_ft.training.processes import ProcessesConfig, check_same, check_shared, leave, together
 from lorax_ft.training.shares import share_of
 
 class Rows(ToyBatches):
@@ -72,10 +72,13 @@ try:
         if count == 4:
             run_on("four", terminated, data=2, fsdp=2)
             sys.exit()
-        try:
-            check_same(model=index)
-        except ValueError as error:
-            print("RESULT", error, file=sys.stderr)
+        own = pathlib.Path(directory) / f"seen_by_{index}_alone"
+        own.touch() if index == 0 else None
+        for differ in (lambda: check_same(model=index), lambda: check_shared(own, patience=0.1)):
+            try:
+                differ()
+            except ValueError as error:
+                print("RESULT", error, file=sys.stderr)
         run_on("rows", data=2, fsdp=2)
         run_on("inner", sequence=2, tensor=2)
         run_on("from_one", fsdp=4)
@@ -174,6 +177,7 @@ def test_the_first_process_alone_speaks_and_all_end_well(four):
 def test_processes_that_were_given_other_things_are_told_which(two):
     for _, _, errors in two[1]:
         assert "must have the same model, and [1] differ from process 0" in errors
+        assert "must have the same run directory, and [1] differ from process 0" in errors
 
 
 def test_when_a_process_dies_the_others_say_so_and_the_checkpoint_is_whole(two, whole):

@@ -11,7 +11,13 @@ from lorax_ft.training.optimizers import (
     trainable_only,
 )
 from lorax_ft.training.paging import PagedOptimizer, start_optimizer
-from lorax_ft.training.processes import ProcessesConfig, check_same, is_first, together
+from lorax_ft.training.processes import (
+    ProcessesConfig,
+    check_same,
+    check_shared,
+    is_first,
+    together,
+)
 from lorax_ft.training.progress import Progress, TrainConfig
 from lorax_ft.training.sharding import (
     RULES,
@@ -48,6 +54,7 @@ __all__ = [
     "allocate_budget",
     "build_optimizer",
     "check_same",
+    "check_shared",
     "fit",
     "gather",
     "is_first",

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import logging
 import os
+import pathlib
 import re
 import socket
 import subprocess
@@ -143,6 +144,22 @@ def check_same(**values: Any) -> None:
                 f"{others} differ from process 0. Give all the same command, files and versions, "
                 "and a run directory on storage that they share."
             )
+
+
+def check_shared(path: pathlib.Path, *, patience: float = 60.0) -> None:
+    """Raises ValueError where other processes do not see what the first has written at `path`.
+
+    `patience` is the seconds in which it must show, which on shared storage may be some.
+    """
+    if not is_one_of_many():
+        return
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices("the first has written")
+    deadline = time.monotonic() + patience
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    check_same(run_directory=path.exists())
 
 
 def leave(code: int) -> None:
