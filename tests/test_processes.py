@@ -1,5 +1,6 @@
 """Processes: several compute what one does, stop together, and say so when one of them is lost."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,14 +15,17 @@ import jax
 import numpy as np
 import pytest
 
-from lorax_ft import sweeps
+from lorax_ft import experiment, sweeps
 from lorax_ft.config import ExperimentConfig, parse
 from lorax_ft.runs import check_run, identity, start_run
 from lorax_ft.training import processes
 from lorax_ft.training.processes import ProcessesConfig, together
 from lorax_ft.training.records import read_records
+from lorax_ft.training.sharding import MeshConfig
 from lorax_ft.training.shares import find_share
+from tests import tiny
 from tests.test_loop import ToyBatches, kernel_norm, run, terminate
+from tests.test_sweep import config_of
 
 # Sums over devices and processes are added in another order than on one device.
 NEAR = {"rtol": 1e-4, "atol": 1e-5}
@@ -82,6 +86,9 @@ try:
         run_on("rows", data=2, fsdp=2)
         run_on("inner", sequence=2, tensor=2)
         run_on("from_one", fsdp=4)
+        from tests.test_processes import train_tiny
+        trained = train_tiny(pathlib.Path(directory), "trained", MeshConfig(data=2, tensor=2))
+        print("RESULT trained", sorted(trained), file=sys.stderr)
         run_on("dies", killed, data=2, fsdp=2)
 except ConnectionError as error:
     print("RESULT", error, file=sys.stderr)
@@ -116,6 +123,13 @@ def run_here(directory, batches=None):
     return run(directory, batches, evaluate=kernel_norm, eval_every=4)[0]
 
 
+def train_tiny(directory, name, mesh):
+    """All that a run does, of a tiny model in the directory; what its results.json holds."""
+    changes = {"train.steps": 4, "train.eval_every": 0, "train.best_metric": None}
+    config = sweeps.change(config_of(directory / "tiny"), changes | {"data.loader.buckets": [8]})
+    return experiment.train(dataclasses.replace(config, mesh=mesh), directory / name)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     directory = tmp_path_factory.mktemp("whole")
@@ -127,6 +141,8 @@ def two(tmp_path_factory):
     """What two processes did, one run after another, until the second of them died."""
     directory = tmp_path_factory.mktemp("two")
     run_here(directory / "from_one", ToyBatches(terminate(5)))
+    (directory / "tiny").mkdir()
+    config_of(tiny.write_folder(directory / "tiny"))  # which writes its data
     return directory, run_together(directory, 2)
 
 
@@ -150,6 +166,22 @@ def test_two_processes_end_where_one_does(two, whole, name):
     assert all(f"RESULT {name} finished 12 1" in errors for _, _, errors in told), told
     chex.assert_trees_all_close(losses(directory / name), losses(whole[0]), **NEAR)
     chex.assert_trees_all_close(run_here(directory / name).train, whole[1].train, **NEAR)
+
+
+def test_two_processes_write_the_run_that_one_does(two):
+    directory, told = two
+    wanted = train_tiny(directory, "alone", MeshConfig())
+
+    found = json.loads((directory / "trained" / "results.json").read_text())
+    assert found["parameters"] == wanted["parameters"]
+    for part, metrics in wanted["metrics"].items():
+        assert found["metrics"][part] == pytest.approx(metrics, rel=1e-4)
+    written = [
+        {path.name for path in (directory / name).iterdir()} for name in ("trained", "alone")
+    ]
+    assert written[0] == written[1]
+    assert f"RESULT trained {sorted(wanted)}" in told[0][2]
+    assert "RESULT trained []" in told[1][2]
 
 
 def test_a_signal_to_one_of_four_processes_saves_on_all_and_one_process_goes_on(four, whole):
