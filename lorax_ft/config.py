@@ -33,7 +33,7 @@ from lorax_ft.methods import (
 )
 from lorax_ft.models import ComputeConfig
 from lorax_ft.quantization import QuantizationConfig
-from lorax_ft.training import MeshConfig, OptimizerConfig, TrainConfig
+from lorax_ft.training import MeshConfig, OptimizerConfig, ProcessesConfig, TrainConfig
 from lorax_ft.trees import nearest
 
 T = TypeVar("T")
@@ -76,6 +76,7 @@ class ExperimentConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
+    processes: ProcessesConfig | None = None  # of which this one is one; None: it is alone
     baseline: bool = False  # report TF-IDF with logistic regression on the same data, for texts
     seed: int = 0
 

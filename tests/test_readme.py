@@ -76,7 +76,7 @@ def test_a_config_command_parses(command, monkeypatch):
 
     seen = []
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(experiment, "train", lambda config, run_dir, **_: seen.append(config))
+    monkeypatch.setattr(experiment, "train", lambda config, run_dir, **_: seen.append(config) or {})
     monkeypatch.setattr(experiment, "describe", lambda config: seen.append(config))
 
     assert cli.main([*shlex.split(command), "--traceback"]) == 0
@@ -94,7 +94,7 @@ def test_the_files_that_are_linked_are_there():
 def test_every_config_is_one_that_the_program_takes(path, monkeypatch):
     from lorax_ft import experiment
 
-    monkeypatch.setattr(experiment, "train", lambda config, run_dir, **_: None)
+    monkeypatch.setattr(experiment, "train", lambda config, run_dir, **_: {})
 
     size = "7b-" if path.stem == "llama" else ""
     for method in ("lora", "qlora16" if size else "qlora"):
