@@ -19,8 +19,6 @@ from tests.test_sweep import config_of, folder  # noqa: F401
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HAS_RAY = importlib.util.find_spec("ray") is not None
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.fixture(scope="module")
 def config(folder):  # noqa: F811

@@ -95,8 +95,6 @@ except ConnectionError as error:
     leave(1)
 """
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def run_together(directory, count):
     """(exit code, what it printed, its errors) of each process."""

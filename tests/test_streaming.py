@@ -33,7 +33,6 @@ MESH = MeshConfig(data=2, fsdp=2, tensor=2)  # four parts of a kernel, each on t
 O_PROJ = "model.layers.1.self_attn.o_proj.weight"
 
 
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("streamed") / "model"
