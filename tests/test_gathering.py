@@ -5,7 +5,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -66,3 +65,53 @@ def run(case: Case) -> tuple[list[float], Any, Any]:
         train, opt_state, metrics = compiled(train, opt_state, frozen, batch, key)
         losses.append(float(metrics["loss"]))
     return losses, compiled.as_text(), params
+
+
+def gathered(case: Case) -> dict[str, int]:
+    """Bytes of all-gathers in a step, by the type of element."""
+    assert case.mesh is not None
+    rows = costs.collectives(hlo.parse(run(case)[1]), training.make_mesh(case.mesh).size)
+    return {row.dtype: row.bytes for row in rows if row.kind == "all-gather"}
+
+
+def stored(case: Case) -> int:
+    """Bytes of the kernels' codes, on all devices together."""
+    leaves = jax.tree.leaves(run(case)[2], is_leaf=lambda x: isinstance(x, Quantized))
+    name = "packed" if case.kind == "nf4" else "quantized"
+    return sum(getattr(leaf, name).nbytes for leaf in leaves if isinstance(leaf, Quantized))
+
+
+EIGHT = training.MeshConfig(fsdp=8)
+CASES = [
+    Case(EIGHT),
+    Case(EIGHT, scan_layers=False),
+    Case(EIGHT, remat="full"),
+    Case(EIGHT, kind="int8"),
+    Case(training.MeshConfig(fsdp=4, tensor=2)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_are_gathered_in_the_bits_that_they_are_stored_in(case):
+    sent, dtype = gathered(case), "s8" if case.kind == "int8" else "u8"
+    whole = stored(case) // case.mesh.tensor
+    assert whole <= sent[dtype] <= 2.1 * whole  # forward and backward, absmax's codes among them
+    dense = stored(case) * (8 if case.kind == "nf4" else 4)
+    assert sent["f32"] < dense / 10  # adapters, the embedding, absmax
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step_on_a_mesh_is_that_of_one_device(case):
+    alone = dataclasses.replace(case, mesh=None)
+    np.testing.assert_allclose(run(case)[0], run(alone)[0], rtol=2e-6)
+
+
+def test_layers_under_a_scan_gather_one_at_a_time():
+    text = run(Case(EIGHT))[1]
+    sizes = [
+        a.bytes
+        for i, _, _ in hlo.parse(text).executed()
+        for a in i.arrays
+        if i.opcode.startswith("all-gather") and a.dtype == "u8"
+    ]
+    assert max(sizes) == 128 * 256 // 2  # of the largest kernel of one layer

@@ -3,7 +3,7 @@
 The product has its own backward pass, which dequantises again: between forward and backward nothing
 is kept but the packed arrays, and the input only where a float field of the leaf is differentiated.
 
-On a mesh that splits kernels over devices that have other rows of the batch, every product needs the
+On a mesh that splits kernels over devices which have other rows of the batch, each product needs a
 whole kernel. A leaf that knows how it is to lie then gathers its packed arrays; left to itself XLA
 gathers what was dequantised, which is four times as much.
 """
