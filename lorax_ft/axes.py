@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 ROWS = ("data", "fsdp")  # split the rows of a batch; "fsdp" the parameters too
 SEQUENCE = "sequence"  # splits the places of a text
@@ -14,7 +14,7 @@ TENSOR = "tensor"  # splits the arithmetic of a layer, its heads among it
 AXES = (*ROWS, SEQUENCE, TENSOR)  # outermost first
 
 
-def even(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def even(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The spec without the axes that do not divide."""
 
     def parts(names: Any) -> int:
