@@ -2,6 +2,7 @@
 does not start."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +185,16 @@ def test_a_run_that_cannot_fit_is_refused_with_numbers_and_leaves_nothing(
     ):
         experiment.train(config_of(folder, **METHODS["qlora"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_share_is_of_the_machine_and_no_further_part_of_what_an_allocator_may_take(monkeypatch):
+    monkeypatch.setattr(machine.host_memory, "available", lambda: 1000)
+    assert machine.free_memory(0.25) == 250
+    allocator = types.SimpleNamespace(
+        memory_stats=lambda: {"bytes_limit": 1000, "bytes_in_use": 400}
+    )
+    monkeypatch.setattr(machine.jax, "local_devices", lambda: [allocator])
+    assert machine.free_memory(0.25) == 600
 
 
 def test_a_step_that_its_compiler_tells_nothing_of_is_said_to_be_so():

@@ -13,15 +13,17 @@ from lorax_ft.reports import bytes_text
 from lorax_ft.training import host_memory
 
 
-def free_memory() -> int | None:
+def free_memory(share: float = 1.0) -> int | None:
     """The bytes that this process may still take of its accelerator, or else of this machine.
 
+    `share` is this process's part of the machine; an accelerator's allocator knows its own limit.
     None where there is no telling.
     """
     statistics = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in statistics:
         return int(statistics["bytes_limit"]) - int(statistics.get("bytes_in_use", 0))
-    return host_memory.available()
+    available = host_memory.available()
+    return None if available is None else int(share * available)
 
 
 def check_step(step: Any, arguments: tuple[Any, ...], *, free: int | None = None) -> str:

@@ -32,6 +32,9 @@ from lorax_ft.sweeps.directory import JOBS
 from lorax_ft.sweeps.worker import Task
 
 POLL = 0.2  # seconds between looks at workers
+ALL = (
+    0.9  # of an accelerator's memory: the rest is of what programs and libraries take beside arrays
+)
 STOPPED = 75  # exit code of a worker that SIGTERM stopped, after it had saved
 WORKER = (
     "import pickle, sys; task, name = pickle.load(sys.stdin.buffer); "
@@ -67,7 +70,11 @@ def open_launcher(
 def open_local(
     argument: str, resources: Mapping[str, Any], directory: pathlib.Path
 ) -> Iterator[Launch]:
-    """Processes of this machine, which share its memory and accelerator."""
+    """Processes of this machine, which share its memory and accelerator.
+
+    Each may take so large a part of an accelerator that all find room, or what
+    XLA_PYTHON_CLIENT_MEM_FRACTION says.
+    """
     if not argument.isdecimal() or int(argument) < 1:
         raise ValueError(
             f"--launcher=local needs a number of processes, as local:4; got {argument!r}."
@@ -76,7 +83,11 @@ def open_local(
         raise ValueError(f"--launcher=local takes no resources, got {dict(resources)}.")
     count, started = int(argument), []
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ, "PYTHONPATH": paths}
+    limits = {
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{ALL / count:.4f}",
+    }
+    environment = {**limits, **os.environ, "PYTHONPATH": paths}
 
     def submit(task: Task, name: str) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(

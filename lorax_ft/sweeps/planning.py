@@ -128,9 +128,9 @@ def plan_table(plans: Sequence[Plan]) -> str:
     return "\n".join(lines)
 
 
-def free_memory() -> int:
-    """The bytes that a group may take of the accelerator, or else of this machine."""
-    free = machine.free_memory()
+def free_memory(share: float = 1.0) -> int:
+    """The bytes that a group may take of the accelerator, or else of its share of this machine."""
+    free = machine.free_memory(share)
     return 2**62 if free is None else int(SHARE * free)  # where there is no telling, all
 
 

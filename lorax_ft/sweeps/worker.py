@@ -69,7 +69,7 @@ class Task:
     sweep: SweepConfig
     directory: pathlib.Path  # of the sweep; absolute, on storage that all workers share
     folder: pathlib.Path  # that paths of the config are relative to
-    share: float = 1.0  # of the free memory that is this worker's
+    share: float = 1.0  # of the machine's free memory that is this worker's
 
     def __call__(self, name: str) -> str:
         """Trains what of the group is not finished; returns as `train_parts` does.
@@ -178,7 +178,7 @@ def prepare(
             part.count,
             slots=begun or sweep.slots,
             begun=begun is not None,
-            memory=sweep.memory or int(share * planning.free_memory()),
+            memory=sweep.memory or planning.free_memory(share),
             vectorized=sweep.vectorized,
         )
         steps = _steps(source, group, queue, left)
