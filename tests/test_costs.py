@@ -56,6 +56,58 @@ ENTRY %main (arg: f32[6,4,8]) -> f32[6,4,8] {
 """
 
 
+PARTS = """
+HloModule jit_f, is_scheduled=true
+
+%start (param_0: u8[4,8]) -> u8[16,8] {
+  %param_0 = u8[4,8]{1,0} parameter(0)
+  %all-gather.1 = u8[16,8]{1,0} all-gather(%param_0), channel_id=7, replica_groups={{0,1,2,3}}
+  ROOT %begun = u8[16,8]{1,0} custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (param_0.1: u8[4,8], param_1: f32[2]) -> f32[2] {
+  %param_0.1 = u8[4,8]{1,0} parameter(0)
+  %param_1 = f32[2]{0} parameter(1)
+  %all-gather.2 = u8[16,8]{1,0} all-gather(%param_0.1), channel_id=7, replica_groups={{0,1,2,3}}
+  ROOT %twice = f32[2]{0} add(%param_1, %param_1)
+}
+
+%body (p: (s32[], u8[4,8], f32[2])) -> (s32[], u8[4,8], f32[2]) {
+  %p = (s32[], u8[4,8]{1,0}, f32[2]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %shard.1 = u8[4,8]{1,0} get-tuple-element(%p), index=1
+  %x = f32[2]{0} get-tuple-element(%p), index=2
+  %y = f32[2]{0} fusion(%shard.1, %x), kind=kCustom, calls=%beside
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %out = (s32[], u8[4,8]{1,0}, f32[2]{0}) tuple(%next, %shard.1, %y)
+}
+
+%condition (p.1: (s32[], u8[4,8], f32[2])) -> pred[] {
+  %p.1 = (s32[], u8[4,8]{1,0}, f32[2]{0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  %bound = s32[] constant(6)
+  ROOT %less = pred[] compare(%i.1, %bound), direction=LT
+}
+
+ENTRY %main (shard: u8[4,8], x.1: f32[2]) -> f32[2] {
+  %shard = u8[4,8]{1,0} parameter(0)
+  %x.1 = f32[2]{0} parameter(1)
+  %first = s32[] constant(0)
+  %begun.1 = u8[16,8]{1,0} fusion(%shard), kind=kCustom, calls=%start
+  %in = (s32[], u8[4,8]{1,0}, f32[2]{0}) tuple(%first, %shard, %x.1)
+  %loop = (s32[], u8[4,8]{1,0}, f32[2]{0}) while(%in), condition=%condition, body=%body
+  %other = u8[16,8]{1,0} all-gather(%shard), channel_id=8, replica_groups={{0,1,2,3}}
+  ROOT %result = f32[2]{0} get-tuple-element(%loop), index=2
+}
+"""
+
+
+def test_what_is_sent_in_parts_beside_arithmetic_counts_once():
+    (row,) = costs.collectives(hlo.parse(PARTS), 4)
+    assert (row.kind, row.dtype, row.count, row.bytes) == ("all-gather", "u8", 2, 2 * 128)
+
+
 def test_a_loops_body_counts_as_often_as_it_runs():
     program = hlo.parse(LOOP)
 

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from lorax_ft.planning.hlo import Array, Computation, Instruction, Program
 
@@ -17,6 +18,7 @@ _FREE = {
 }
 _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 _FUSIONS = ("fusion", "fusion-start")  # the second, since JAX 0.11, runs beside others
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _SLICES = ("dynamic-slice", "gather", "slice")
 
 
@@ -58,8 +60,12 @@ class Cycles:
 
 
 def collectives(program: Program, devices: int) -> tuple[Collective, ...]:
-    """A step's communication, the most bytes first; scanned layers count as often as they run."""
-    found: dict[tuple[str, str], list[float]] = {}
+    """A step's communication, the most bytes first; scanned layers count as often as they run.
+
+    A TPU sends in parts beside arithmetic, and each part is a fusion that shows the whole: what has
+    one channel is one, as often as the part that runs least.
+    """
+    found: dict[str, dict[str, list[Any]]] = {}  # by channel, by name: (instruction's place, times)
     for instruction, computation, times in program.executed():
         inside = (
             program.computations.get(name, {})
@@ -68,22 +74,27 @@ def collectives(program: Program, devices: int) -> tuple[Collective, ...]:
         )
         within = [(computation, instruction), *((c, i) for c in inside for i in c.values())]
         for place, one in within:
-            kind = one.opcode.removesuffix("-start")
-            if kind not in COLLECTIVES:
-                continue
-            operands = [a for name in one.operands if name in place for a in place[name].arrays]
-            into, out = (_bytes(arrays, any_space=True) for arrays in (operands, one.arrays))
-            if one.opcode != kind and kind != "all-reduce":  # its type holds the operands too
-                out -= into
-            size = max(into, out)
-            largest = max((*operands, *one.arrays), key=lambda array: array.bytes)
-            row = found.setdefault((kind, largest.dtype), [0, 0, 0.0])
-            row[0] += times
-            row[1] += size * times
-            row[2] += size * times * COLLECTIVES[kind](_group_size(one, devices))
+            if one.opcode.removesuffix("-start") in COLLECTIVES:
+                channel = _CHANNEL.search(one.attributes)
+                parts = found.setdefault(channel.group(1) if channel else one.name, {})
+                parts.setdefault(one.name, [place, one, 0])[2] += times
+    sums: dict[tuple[str, str], list[float]] = {}
+    for parts in found.values():
+        place, one, times = min(parts.values(), key=lambda part: part[2])
+        kind = one.opcode.removesuffix("-start")
+        operands = [a for name in one.operands if name in place for a in place[name].arrays]
+        into, out = (_bytes(arrays, any_space=True) for arrays in (operands, one.arrays))
+        if one.opcode != kind and kind != "all-reduce":  # its type holds the operands too
+            out -= into
+        size = max(into, out)
+        largest = max((*operands, *one.arrays), key=lambda array: array.bytes)
+        row = sums.setdefault((kind, largest.dtype), [0, 0, 0.0])
+        row[0] += times
+        row[1] += size * times
+        row[2] += size * times * COLLECTIVES[kind](_group_size(one, devices))
     rows = [
         Collective(kind=kind, dtype=dtype, count=int(count), bytes=int(size), sent=sent)
-        for (kind, dtype), (count, size, sent) in found.items()
+        for (kind, dtype), (count, size, sent) in sums.items()
     ]
     return tuple(sorted(rows, key=lambda row: -row.bytes))
 
