@@ -112,18 +112,16 @@ def _scaling(resources: Mapping[str, Any]) -> Any:
 
 def _fit(work: Any, scaling: Any, directory: pathlib.Path) -> str | None:
     """Runs `work` in every worker; answers what was lost, or None where all has been done."""
-    import ray.train
-    from ray.exceptions import RayError
-    from ray.train.v2.jax import JaxConfig, JaxTrainer
-
+    train, engine = load_engine("ray.train"), load_engine("ray.train.v2.jax", "ray")
+    ray_error = load_engine("ray.exceptions").RayError
     on_cpus = not (scaling.use_tpu or scaling.use_gpu)
     environment = ENVIRONMENT | ({"JAX_PLATFORMS": "cpu"} if on_cpus else {})
-    trainer = JaxTrainer(
+    trainer = engine.JaxTrainer(
         work,
         # Ray connects the processes of accelerators alone, and by this name those of CPUs too.
-        jax_config=JaxConfig(use_tpu=scaling.use_tpu, use_gpu=not scaling.use_tpu),
+        jax_config=engine.JaxConfig(use_tpu=scaling.use_tpu, use_gpu=not scaling.use_tpu),
         scaling_config=scaling,
-        run_config=ray.train.RunConfig(
+        run_config=train.RunConfig(
             name="ray",
             storage_path=str(directory),
             worker_runtime_env={"env_vars": environment},
@@ -132,9 +130,9 @@ def _fit(work: Any, scaling: Any, directory: pathlib.Path) -> str | None:
     try:
         trainer.fit()
         return None
-    except ray.train.WorkerGroupError as error:
+    except train.WorkerGroupError as error:
         causes = [_cause(failure) for failure in error.worker_failures.values()]
-        dead = [cause for cause in causes if isinstance(cause, RayError)]
+        dead = [cause for cause in causes if isinstance(cause, ray_error)]
         others = [c for c in causes if not isinstance(c, (ConnectionError, Preempted))]
         if others and not dead:  # of the dead the others' errors may come
             raise others[0] from error
@@ -150,9 +148,12 @@ def _work(
 ) -> None:
     """What a worker does; `folder` is what paths of the config are relative to."""
     import jax
-    import ray.train
 
-    if ray.train.get_context().get_world_size() > 1 and not jax.distributed.is_initialized():
+    ray = load_engine("ray")
+    if (
+        load_engine("ray.train").get_context().get_world_size() > 1
+        and not jax.distributed.is_initialized()
+    ):
         raise ValueError(
             f"Ray did not connect its workers, since JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: "
             "it does so for cpu, cuda and tpu."
