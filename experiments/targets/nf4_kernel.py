@@ -29,6 +29,7 @@ from lorax_ft.quantization import triton as fused
 BLOCK = 64
 CACHE = 120e6  # bytes that the copies of a kernel exceed together: twice the largest level-2 cache
 SHAPES = ((4096, 4096), (4096, 14336))
+TURNS = 16  # known to the compiler, or the host would be asked after each
 ROWS = (1, 8, 16, 64, 256, 2048)
 Tiling = fused.Tiling
 
@@ -97,8 +98,8 @@ def multiply(way: str, function: Callable | None, tiling: Tiling | None) -> Call
 
 
 @functools.partial(jax.jit, static_argnums=(0,))
-def looped(call: Callable, turns: Any, x: Any, kernels: Any) -> Any:
-    """`turns` times a product with each of the kernels, one after another."""
+def looped(call: Callable, x: Any, kernels: Any) -> Any:
+    """`TURNS` times a product with each of the kernels, one after another."""
 
     def turn(_: Any, carry: Any) -> Any:
         x, results = carry
@@ -111,26 +112,25 @@ def looped(call: Callable, turns: Any, x: Any, kernels: Any) -> Any:
         return x, results
 
     empty = [jnp.zeros((x.shape[0], kernel[0].shape[1]), x.dtype) for kernel in kernels]
-    return lax.fori_loop(0, turns, turn, (x, empty))[1]
+    return lax.fori_loop(0, TURNS, turn, (x, empty))[1]
 
 
 def timed(call: Callable, x: Any, kernels: Any, seconds: float) -> tuple[Any, float, float]:
     """(the products, seconds of one, seconds until the first result)."""
     start = time.perf_counter()
-    result = jax.block_until_ready(looped(call, 1, x, kernels))
+    result = jax.block_until_ready(looped(call, x, kernels))
     compiling = time.perf_counter() - start
 
-    def measure(turns: int) -> float:
+    def measure(calls: int) -> float:
         start = time.perf_counter()
-        jax.block_until_ready(looped(call, turns, x, kernels))
+        jax.block_until_ready([looped(call, x, kernels)[-1] for _ in range(calls)])
         return time.perf_counter() - start
 
-    once = max(min(measure(1), measure(1)), 1e-5)
-    turns = max(2, min(200, int(seconds / once)))
-    # what a call costs besides its turns is in both terms and falls out
-    long = min(measure(2 * turns) for _ in range(3))
-    short = min(measure(turns) for _ in range(3))
-    return result, (long - short) / turns / len(kernels), compiling
+    calls = max(1, min(50, int(seconds / max(measure(1), 1e-5))))
+    # what waiting for the results costs is in both terms and falls out
+    long = min(measure(2 * calls) for _ in range(3))
+    short = min(measure(calls) for _ in range(3))
+    return result, (long - short) / calls / len(kernels) / TURNS, compiling
 
 
 def main() -> None:
