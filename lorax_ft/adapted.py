@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import pathlib
 import re
@@ -17,7 +18,8 @@ from lorax_ft.data import load_tokenizer
 from lorax_ft.leaves import Leaf
 from lorax_ft.lift import lift
 from lorax_ft.models import Model, hub
-from lorax_ft.quantization import QuantizationConfig, quantize, quantize_array
+from lorax_ft.models.streaming import quantize_chosen
+from lorax_ft.quantization import QuantizationConfig, quantize
 
 PyTree = Any
 CLASSIFICATIONS = ("sequence_classification", "token_classification")
@@ -51,19 +53,35 @@ class Base:
 
 def load_adapted(config: ExperimentConfig, task: str, label_names: tuple[str, ...] = ()) -> Adapted:
     """The pretrained model with the config's quantisation and methods, as it is before training."""
-    return adapt(load_base(config, task, label_names), config)
+    mesh = training.make_mesh(config.mesh)
+    return adapt(load_base(config, task, label_names, mesh=mesh), config)
 
 
-def load_base(config: ExperimentConfig, task: str, label_names: tuple[str, ...] = ()) -> Base:
-    """The pretrained model with the config's quantisation, but for what LoRA decomposes first."""
-    quantization = config.quantization
+def load_base(
+    config: ExperimentConfig,
+    task: str,
+    label_names: tuple[str, ...] = (),
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Base:
+    """The pretrained model with the config's quantisation, but for what LoRA decomposes first.
+
+    On a mesh of several devices its weights are read straight to their places there, and quantised
+    ones are kept in `model.cache`, but where LoRA decomposes them first: `adapt` places those.
+    """
+    quantization = None if decomposes(config) else config.quantization
+    shardings = None
+    if mesh is not None and mesh.size > 1 and not decomposes(config):
+        shardings = functools.partial(training.shardings, mesh=mesh)
     path, labels = find_path(config.model.path), len(label_names) or None
     model, params = hub.load(
         path,
         task=task,
         num_labels=labels,
         key=_keys(config)[0],
-        transform=None if quantization is None or decomposes(config) else _quantizer(quantization),
+        quantization=quantization,
+        shardings=shardings,
+        cache=None if quantization is None else config.model.cache,
         ignore_fields=config.model.ignore_fields,
         **dataclasses.asdict(config.model.compute),
         **config.model.overrides,
@@ -128,8 +146,7 @@ def load_shapes(config: ExperimentConfig, task: str, label_names: tuple[str, ...
     params = model.shapes()
     uses = inspection.inspect(model.apply, params, model.input_shapes())
     uses, trained = _with_whole_classifier(uses, model), ()
-    if quantization is not None:
-        params = trees.map_with_path(_quantizer(quantization), params)
+    params = trees.with_fields(params, quantize_chosen(trees.flatten(params), quantization))
 
     def add(params: PyTree, key: jax.Array) -> PyTree:
         nonlocal trained
@@ -157,8 +174,7 @@ def with_head(base: Base, config: ExperimentConfig) -> PyTree:
     path = find_path(config.model.path)
     head = hub.new_head(path, base.model, _keys(config)[0], num_labels=base.num_labels)
     if config.quantization is not None and not decomposes(config):
-        transform = _quantizer(config.quantization)
-        head = {path: transform(path, array) for path, array in head.items()}
+        head = quantize_chosen(head, config.quantization)
     return trees.with_fields(base.params, head)
 
 
@@ -286,17 +302,6 @@ def _completed(
     if config.train_head and model.task in CLASSIFICATIONS:
         trained += _head(params, uses)
     return params, tuple(dict.fromkeys((*trained, *config.trainable)))
-
-
-def _quantizer(config: QuantizationConfig) -> Callable[[str, Any], Any]:
-    """A `transform` of `hub.load` that quantises each kernel as soon as it is read."""
-
-    def transform(path: str, array: jax.Array) -> Any:
-        if trees.matches(path, config.targets) and not trees.matches(path, config.exclude):
-            return quantize_array(array, config, path=path)
-        return array
-
-    return transform
 
 
 def _quantize_rest(

@@ -18,22 +18,22 @@ from.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
 
-from lorax_ft import huge_pages
+from lorax_ft import huge_pages, options
 
 HELP = {"help", "--help", "-h"}
-EARLY_STOPPING: dict[str, bool | str] = {"false": False, "true": True, "never": "never"}
+STOPPED = 75  # exit code of a run that SIGTERM stopped after it had saved (sysexits' EX_TEMPFAIL)
 # What the library raises where its input is at fault. RuntimeError: another run has the directory;
 # FloatingPointError: too many losses were not finite.
 BAD_INPUT = (
@@ -43,9 +43,25 @@ BAD_INPUT = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line (by default the process's own) and returns its exit code."""
-    is_process = argv is None
-    argv = list(sys.argv if argv is None else argv)
+    """Runs a command line (by default the process's own) and returns its exit code.
+
+    0: done; 2: bad input; 75: stopped by SIGTERM and saved, so that the same command goes on.
+    """
+    if argv is not None:
+        return _main(list(argv), is_process=False)
+    try:
+        code = _main(list(sys.argv), is_process=True)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code not in (0, STOPPED) and "jax" in sys.modules:
+        from lorax_ft.training import processes
+
+        processes.leave(code)
+    return code
+
+
+def _main(argv: list[str], *, is_process: bool) -> int:
     word, *rest = argv[1:] or [""]
     if word in HELP:
         print(_usage())
@@ -62,8 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = values([argv[0], *rest])[1:]
         if is_process and values.huge_pages:
             huge_pages.restart()
-        command.run(values, arguments)
-        return 0
+        return command.run(values, arguments) or 0
     except BAD_INPUT as error:
         if any(re.fullmatch("--?traceback(=true)?", argument) for argument in rest):
             raise
@@ -76,21 +91,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
-    """What a word of the program does, its flags, and its function of (flags, arguments)."""
+    """What a word of the program does, its flags, and its function of (flags, arguments).
+
+    That returns the exit code, where it is not 0.
+    """
 
     description: str
     define: Callable[[flags.FlagValues, list[str]], None]
-    run: Callable[[Any, list[str]], None]
+    run: Callable[[Any, list[str]], int | None]
 
 
-def train(values: Any, arguments: list[str]) -> None:
+def train(values: Any, arguments: list[str]) -> int:
     _no_arguments(arguments)
     from lorax_ft import experiment
 
     directory = values.run_dir or default_run_dir(
         values["config"].config_filename, values["config"].override_values
     )
-    experiment.train(_config(values), directory, command=train_command(values["config"], directory))
+    command = train_command(values["config"], directory)
+    resources = resources_of(values.resource)
+    if values.launcher == "ray":
+        from lorax_ft import cluster
+
+        cluster.train(_config(values), directory, resources, command=command)
+        return 0
+    if resources:
+        raise ValueError(f"resources {resources} need a launcher: give --launcher=ray too.")
+    results = experiment.train(_config(values), directory, command=command)
+    return STOPPED if results.get("outcome") == "preempted" else 0
 
 
 def evaluate(values: Any, arguments: list[str]) -> None:
@@ -118,7 +146,7 @@ def generate(values: Any, arguments: list[str]) -> None:
     chosen = {name: values[name].value for name in names}
     if chosen["eos_token_id"] is not None:
         chosen["eos_token_id"] = tuple(map(int, chosen["eos_token_id"]))
-    chosen["early_stopping"] = EARLY_STOPPING[chosen["early_stopping"]]
+    chosen["early_stopping"] = options.EARLY_STOPPING[chosen["early_stopping"]]
     config = GenerationConfig(**chosen)
     texts = _texts(values, arguments)
     for text, pieces in zip(
@@ -246,231 +274,58 @@ def _config(values: Any) -> Any:
 
 def _define_flags(command: Command, argv: list[str]) -> flags.FlagValues:
     values = flags.FlagValues()
-    flags.DEFINE_boolean("traceback", False, "show where an error came from", flag_values=values)
-    flags.DEFINE_boolean(
-        "huge_pages",
-        True,
-        "on a CPU, start again with huge pages for arrays, which are faster",
-        flag_values=values,
-    )
+    options.add_common(values)
     command.define(values, argv)
     return values
-
-
-def _config_flag(values: flags.FlagValues, argv: list[str]) -> None:
-    from ml_collections import ConfigDict
-    from ml_collections.config_flags import config_flags
-
-    class Parser(config_flags.ConfigFileFlagParser):
-        """Gives a config the sections that overrides name and its file leaves at their defaults."""
-
-        def parse(self, path: str) -> Any:
-            config: Any = super().parse(path)
-            if config is None:
-                raise ValueError(f"{path}: get_config() returns nothing.")
-            config.unlock()  # raises where the file could not be read
-            for names in re.findall(r"^--?(?:no)?config\.([\w.]+)\.\w+", "\n".join(argv), re.M):
-                section = config
-                for name in names.split("."):
-                    if section.get(name) is None:
-                        section[name] = ConfigDict()
-                    section = section[name]
-            return config
-
-    # A config file states only what differs, so an override may name a key that it does not have.
-    # `config.parse` refuses those that are nowhere.
-    config_flags.DEFINE_config_file(
-        "config",
-        help_string="path of a config file, with an argument after a colon; --config.key=value "
-        "overrides a key of it",
-        flag_values=values,
-        lock_config=False,
-        accept_new_attributes=True,
-        sys_argv=argv,
-    )
-    values["config"].parser = Parser(name="config", lock_config=False)
-    _require(values, "config")
-
-
-def _run_dir_flag(values: flags.FlagValues, argv: list[str]) -> None:
-    flags.DEFINE_string("run_dir", None, "folder of a run", flag_values=values)
-    _require(values, "run_dir")
-
-
-def _train_flags(values: flags.FlagValues, argv: list[str]) -> None:
-    _config_flag(values, argv)
-    flags.DEFINE_string(
-        "run_dir",
-        None,
-        "folder of the run, which goes on where it stopped (default: runs/ and the config's name "
-        "with what was overridden)",
-        flag_values=values,
-    )
-
-
-def _evaluate_flags(values: flags.FlagValues, argv: list[str]) -> None:
-    _run_dir_flag(values, argv)
-    splits = ["train", "validation", "test"]
-    flags.DEFINE_enum("split", "test", splits, "part of the data", flag_values=values)
-
-
-def _predict_flags(values: flags.FlagValues, argv: list[str]) -> None:
-    _run_dir_flag(values, argv)
-    flags.DEFINE_string("file", None, "file with one text a line", flag_values=values)
-
-
-def _generate_flags(values: flags.FlagValues, argv: list[str]) -> None:
-    _predict_flags(values, argv)
-    integer = functools.partial(flags.DEFINE_integer, flag_values=values)
-    real = functools.partial(flags.DEFINE_float, flag_values=values)
-    integer("max_new_tokens", 64, "how long a continuation may be")
-    flags.DEFINE_boolean("do_sample", False, "draw tokens", flag_values=values)
-    real("temperature", 1.0, "of what is drawn")
-    integer("top_k", None, "draw from so many of the likeliest tokens")
-    real("top_p", 1.0, "draw from the likeliest tokens that have this probability together")
-    integer("seed", 0, "of what is drawn")
-    integer("num_beams", 1, "of a beam search")
-    real("length_penalty", 1.0, "of beams: scores are divided by length to this power")
-    flags.DEFINE_enum(
-        "early_stopping", "false", list(EARLY_STOPPING), "when beams end", flag_values=values
-    )
-    flags.DEFINE_list(
-        "eos_token_id",
-        None,
-        "tokens that end a text (default: the model's and the tokenizer's)",
-        flag_values=values,
-    )
-
-
-def _merge_flags(values: flags.FlagValues, argv: list[str]) -> None:
-    _run_dir_flag(values, argv)
-    flags.DEFINE_string("output", None, "folder to write, which must not exist", flag_values=values)
-    dtypes = ["float32", "bfloat16", "float16"]
-    flags.DEFINE_enum("dtype", "float32", dtypes, "of the merged weights", flag_values=values)
-    _require(values, "output")
-
-
-def _plan_flags(values: flags.FlagValues, argv: list[str]) -> None:
-    _config_flag(values, argv)
-    values.set_default("huge_pages", False)  # no arrays are made
-    string = functools.partial(flags.DEFINE_string, flag_values=values)
-    string("device", None, "a6000, h100:8, tpu-v5e:4x4, cpu:2, ...: what it is planned for")
-    string("mesh", None, "data=1,fsdp=8,tensor=2 (default: the config's, or fsdp over all)")
-    string("plot", None, "file for a picture of memory by part")
-    flags.DEFINE_enum(
-        "largest",
-        "batch",
-        ["batch", "length", "none"],
-        "find the largest that fits, by a few more compiles",
-        flag_values=values,
-    )
-    flags.DEFINE_boolean(
-        "suggest", False, "try what may make it fit, a compile for each", flag_values=values
-    )
-    _require(values, "device")
-
-
-def _sweep_flags(values: flags.FlagValues, argv: list[str]) -> None:
-    _config_flag(values, argv)
-    flags.DEFINE_string(
-        "sweep", None, "file with get_sweep(), with an argument after a colon", flag_values=values
-    )
-    flags.DEFINE_string(
-        "sweep_dir",
-        None,
-        "folder of the sweep, which goes on where it stopped (default: runs/ and the names of "
-        "config and sweep)",
-        flag_values=values,
-    )
-    flags.DEFINE_boolean(
-        "only_plan", False, "print groups, memory and time, and train nothing", flag_values=values
-    )
-    flags.DEFINE_string(
-        "launcher",
-        "none",
-        "who trains its groups: none (this process, one after another), local:4 (so many processes "
-        "of this machine), ray (the cluster of RAY_ADDRESS, or one started here), slurm",
-        flag_values=values,
-    )
-    flags.DEFINE_multi_string(
-        "resource",
-        [],
-        "NAME=VALUE, what a worker is given, as ray.remote or submitit names it: num_gpus=1, "
-        "slurm_partition=long, timeout_min=240; may be repeated",
-        flag_values=values,
-    )
-    _require(values, "sweep")
-
-
-def _report_flags(values: flags.FlagValues, argv: list[str]) -> None:
-    flags.DEFINE_string(
-        "metric",
-        None,
-        "a split's, as validation.accuracy (default: the sweep's)",
-        flag_values=values,
-    )
-    flags.DEFINE_enum(
-        "mode",
-        None,
-        ["max", "min"],
-        "which of it is better (default: the sweep's)",
-        flag_values=values,
-    )
 
 
 COMMANDS = {
     "train": Command(
         description="Trains what a config says; the same command goes on with a stopped run.",
-        define=_train_flags,
+        define=options.add_train,
         run=train,
     ),
     "eval": Command(
         description="Evaluates a finished run on a part of its data.",
-        define=_evaluate_flags,
+        define=options.add_evaluate,
         run=evaluate,
     ),
     "predict": Command(
         description="Labels texts: arguments, lines of --file, or lines of stdin.",
-        define=_predict_flags,
+        define=options.add_predict,
         run=predict,
     ),
     "generate": Command(
         description="Continues texts with a language model; they are given as to predict.",
-        define=_generate_flags,
+        define=options.add_generate,
         run=generate,
     ),
     "merge": Command(
         description="Writes a run's model, adapters merged, as a Hugging Face directory.",
-        define=_merge_flags,
+        define=options.add_merge,
         run=merge,
     ),
     "inspect": Command(
         description="Shows a config's parameters: how each is used, held and trained.",
-        define=_config_flag,
+        define=options.add_config,
         run=inspect,
     ),
     "plan": Command(
         description="Says what a config's run takes of a device, by the device's own compiler.",
-        define=_plan_flags,
+        define=options.add_plan,
         run=plan,
     ),
     "sweep": Command(
         description="Trains many runs of a config as one program; the same command goes on.",
-        define=_sweep_flags,
+        define=options.add_sweep,
         run=sweep,
     ),
     "report": Command(
         description="Writes the tables, figures and page of a sweep: lorax-ft report DIR.",
-        define=_report_flags,
+        define=options.add_report,
         run=report,
     ),
 }
-
-
-def _require(values: flags.FlagValues, name: str) -> None:
-    flags.register_validator(
-        name, lambda value: value is not None, f"--{name} is needed", flag_values=values
-    )
 
 
 def _no_arguments(arguments: list[str]) -> None:

@@ -33,7 +33,7 @@ from lorax_ft.methods import (
 )
 from lorax_ft.models import ComputeConfig
 from lorax_ft.quantization import QuantizationConfig
-from lorax_ft.training import MeshConfig, OptimizerConfig, TrainConfig
+from lorax_ft.training import MeshConfig, OptimizerConfig, ProcessesConfig, TrainConfig
 from lorax_ft.trees import nearest
 
 T = TypeVar("T")
@@ -48,6 +48,7 @@ class PretrainedConfig:
     compute: ComputeConfig = ComputeConfig()
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of its config.json
     ignore_fields: tuple[str, ...] = ()  # of its config.json, that change nothing
+    cache: str | None = None  # folder that keeps quantised weights, for later starts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,7 @@ class ExperimentConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
+    processes: ProcessesConfig | None = None  # of which this one is one; None: it is alone
     baseline: bool = False  # report TF-IDF with logistic regression on the same data, for texts
     seed: int = 0
 
@@ -83,6 +85,11 @@ class ExperimentConfig:
             raise ValueError(
                 "nothing would be trained: add a section for a method "
                 f"({', '.join(METHODS)}), such as --config.lora.rank=8."
+            )
+        if self.model.cache is not None and self.quantization is None:
+            raise ValueError(
+                f"model.cache = {self.model.cache!r}: it keeps quantised weights. Set quantization "
+                "too, such as --config.quantization.kind=nf4, or leave it None."
             )
         if (packed := self.data.packed_length) is not None and (self.prompt or self.p_tuning):
             raise ValueError(

@@ -97,28 +97,36 @@ def train(
 
     `command` is what the exported adapter's card says that it was made by. Prints what is trained
     and what came of it, and returns what results.json holds. A run that is finished is not run
-    again. One that SIGTERM ended has saved its state, and answers its step.
+    again. One that SIGTERM ended has saved its state, and answers its step. Of several processes
+    (`config.processes`) the first writes, speaks and returns results; the others return {}.
     """
-    directory = pathlib.Path(run_dir)
+    with training.together(config.processes):
+        config = dataclasses.replace(config, processes=None)
+        return _train(config, pathlib.Path(run_dir), command)
+
+
+def _train(config: ExperimentConfig, directory: pathlib.Path, command: str) -> dict[str, Any]:
     runs.check_run(directory, config)
     if results := runs.read_results(directory):
         print(f"{directory} is finished; another --run_dir trains anew.")
         print(reports.results_table(results))
         return results
     experiment = prepare(config)
+    identity, started = _identity(experiment), runs.is_started(directory)
+    training.check_same(config=identity.config, base_weights=identity.base, run_directory=started)
     dataset = experiment.dataset
     counts = trees.count(experiment.adapted.params, experiment.adapted.trainable)
     names = method_names(config)
     print(reports.overview(dataset, counts, model=config.model.path, methods=names))
-    batches = TrainBatches(
-        dataset.train, config.data.loader, pad_id=dataset.pad_id, seed=config.seed
-    )
-    with contextlib.closing(batches):
+    with contextlib.closing(_train_batches(experiment)) as batches:
         start = _start(experiment, batches)
-        if not runs.is_started(directory):  # one that was has been found to fit
+        if not started:  # one that was has been found to fit
             print(f"memory   {_memory(experiment, start)}")
-        runs.start_run(directory, config)  # only now: bad input leaves no run behind
-        baseline = text_baseline(config, dataset) if config.baseline else None
+        if training.is_first():
+            runs.start_run(directory, config)  # only now: bad input leaves no run behind
+        training.check_shared(directory / runs.CONFIG)
+        wanted = config.baseline and training.is_first()
+        baseline = text_baseline(config, dataset) if wanted else None
         result = _fit(experiment, start, directory)
     step = result.progress.step
     if result.outcome == "preempted":
@@ -138,7 +146,8 @@ def train(
         baseline=baseline,
         command=command,
     )
-    print(f"{reports.results_table(results)}\nAll of it is in {directory}.")
+    if results:
+        print(f"{reports.results_table(results)}\nAll of it is in {directory}.")
     return results
 
 
@@ -162,11 +171,16 @@ def finish(
 
     `train` is the half that was trained, as it is to be kept. `experiment.adapted` need not hold
     its arrays any more: only their structure is read. `command` is what the exported adapter's card
-    says that it was made by.
+    says that it was made by. All processes of a run must call it; those that are not the first
+    write nothing, and return {}.
     """
     metrics = {part: found.metrics for part, found in evaluations.items()}
-    _save(experiment, directory, train, metrics, command)
-    counts = trees.count(trees.combine(train, experiment.frozen), experiment.adapted.trainable)
+    halves = training.gather((train, experiment.frozen))
+    if halves is None:
+        return {}
+    train, frozen = halves
+    counts = trees.count(trees.combine(train, frozen), experiment.adapted.trainable)
+    _save(experiment, directory, train, frozen, metrics, command)
     results = {
         "outcome": outcome,
         "step": progress.step,
@@ -192,16 +206,21 @@ def describe(config: ExperimentConfig) -> str:
 def evaluate_part(experiment: Experiment, train: PyTree, part: str) -> prediction.Evaluation:
     """Metrics of a split; a model that predicts one class only is warned of on the spot."""
     dataset, adapted = experiment.dataset, experiment.adapted
+    share = training.share_of(adapted.mesh)
     found = prediction.evaluate(
         lambda batch: experiment.eval_step(train, experiment.frozen, batch),
         evaluation_batches(
-            dataset.part(part), experiment.config.data.loader, pad_id=dataset.pad_id
+            dataset.part(part),
+            experiment.config.data.loader,
+            pad_id=dataset.pad_id,
+            process_index=share.index,
+            process_count=share.count,
         ),
         task=dataset.task,
         label_names=dataset.label_names,
         mesh=adapted.mesh,
     )
-    if found.warning:
+    if found.warning and training.is_first():
         print(f"\nWARNING ({part}): {found.warning}", file=sys.stderr)
     return found
 
@@ -234,6 +253,19 @@ class _Start:
     train: PyTree
     opt_state: PyTree
     batches: TrainBatches
+
+
+def _train_batches(experiment: Experiment) -> TrainBatches:
+    """The training batches, of each of which this process loads its share."""
+    config, share = experiment.config, training.share_of(experiment.adapted.mesh)
+    return TrainBatches(
+        experiment.dataset.train,
+        config.data.loader,
+        pad_id=experiment.dataset.pad_id,
+        seed=config.seed,
+        process_index=share.index,
+        process_count=share.count,
+    )
 
 
 def _start(experiment: Experiment, batches: TrainBatches) -> _Start:
@@ -287,9 +319,7 @@ def _validation(experiment: Experiment) -> loop.Evaluate | None:
 
 
 def _identity(experiment: Experiment) -> training.Identity:
-    return training.Identity(
-        config=runs.config_text(experiment.config), base=experiment.adapted.base
-    )
+    return training.Identity(config=runs.identity(experiment.config), base=experiment.adapted.base)
 
 
 def _best(experiment: Experiment, directory: pathlib.Path, result: training.FitResult) -> PyTree:
@@ -308,6 +338,7 @@ def _save(
     experiment: Experiment,
     directory: pathlib.Path,
     train: PyTree,
+    frozen: PyTree,
     metrics: dict[str, dict[str, float]],
     command: str,
 ) -> None:
@@ -321,7 +352,7 @@ def _save(
     )
     runs.save_adapter(directory / runs.ADAPTER, train, record)
     card = interop.ModelCard(data=_data(experiment), metrics=metrics, command=command)
-    _export(experiment, directory / runs.PEFT, trees.combine(train, experiment.frozen), card)
+    _export(experiment, directory / runs.PEFT, trees.combine(train, frozen), card)
     plots.plot_run(
         records.read_records(directory),
         directory / "loss.png",

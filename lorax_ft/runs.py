@@ -26,8 +26,9 @@ from lorax_ft.config import ExperimentConfig, flat, parse, to_dict
 from lorax_ft.models.tensor_files import new_directory, read_json
 
 PyTree = Any
-PEFT = "peft"
+CONFIG, PEFT = "config.json", "peft"
 ADAPTER, RECORD, TENSORS = "adapter", "adapter.json", "trainable.safetensors"
+PLACEMENT = ("mesh", "processes")  # where a run is computed, which is no part of what it is
 FORMAT = 1  # of an adapter; raised when an older reader would misread a newer one
 
 
@@ -46,13 +47,26 @@ def config_text(config: ExperimentConfig) -> str:
     return json.dumps(to_dict(config), indent=2) + "\n"
 
 
+def identity(config: ExperimentConfig) -> str:
+    """What a run is a run of, as text: its config but for where it is computed."""
+    kept = {key: value for key, value in to_dict(config).items() if key not in PLACEMENT}
+    return json.dumps(kept, indent=2) + "\n"
+
+
 def check_run(directory: pathlib.Path, config: ExperimentConfig) -> None:
-    """Raises ValueError, naming the keys that differ, where another config's run is there."""
-    path = directory / "config.json"
+    """Raises ValueError, naming the keys that differ, where another config's run is there.
+
+    It may have been on another mesh or on other processes.
+    """
+    path = directory / CONFIG
     if not path.exists():
         return
     found, given = flat(read_json(path)), flat(to_dict(config))
-    different = [key for key in found | given if found.get(key) != given.get(key)]
+    different = [
+        key
+        for key in found | given
+        if found.get(key) != given.get(key) and key.split(".")[1] not in PLACEMENT
+    ]
     if different:
         lines = [f"  {key}: {found.get(key)!r} there, {given.get(key)!r} here" for key in different]
         raise ValueError(
@@ -63,19 +77,19 @@ def check_run(directory: pathlib.Path, config: ExperimentConfig) -> None:
 
 def is_started(directory: pathlib.Path) -> bool:
     """Whether a run was begun there."""
-    return (directory / "config.json").exists()
+    return (directory / CONFIG).exists()
 
 
 def start_run(directory: pathlib.Path, config: ExperimentConfig) -> None:
     """Makes the directory and its config.json, where they are not there yet."""
     directory.mkdir(parents=True, exist_ok=True)
     if not is_started(directory):
-        write_text(directory / "config.json", config_text(config))
+        write_text(directory / CONFIG, config_text(config))
 
 
 def read_config(directory: str | pathlib.Path) -> ExperimentConfig:
     """The config of a run. Raises FileNotFoundError where there is none."""
-    return parse(read_json(pathlib.Path(directory) / "config.json"), ExperimentConfig)
+    return parse(read_json(pathlib.Path(directory) / CONFIG), ExperimentConfig)
 
 
 def read_results(directory: str | pathlib.Path) -> dict[str, Any] | None:

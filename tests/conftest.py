@@ -1,4 +1,9 @@
-"""Settings every test runs under: eight fake CPU devices, strict dtypes and ranks, no network."""
+"""Settings every test runs under: eight fake CPU devices, strict dtypes and ranks, no network.
+
+Programs are compiled quickly and kept on disk, for nearly every one runs only once or twice, and
+another process or file compiles many of them too. With JAX_DISABLE_MOST_OPTIMIZATIONS=0 all tests
+run what a user's process would compile; some files always do, by `optimized_compiles`.
+"""
 
 import os
 import pathlib
@@ -6,13 +11,15 @@ import sys
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
-# These are read once, when jax and the Hugging Face libraries are first imported.
+# These are read once, when jax and the Hugging Face libraries are first imported; processes that
+# tests start inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "agg"
@@ -48,12 +55,14 @@ def minilm() -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def quick_compiles():
-    """For files that compile many small programs and run each once or twice."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimized_compiles():
+    """For files that run a program long, or whose law is of the bits or bytes that it ends with."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.clear_caches()  # what was compiled quickly
     jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()  # what was compiled so must not be met again by other tests
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

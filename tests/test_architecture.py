@@ -40,8 +40,10 @@ LAYERS = (
     "experiment",
     "planning",
     "finished",
+    "cluster",
     "sweeps",
     "huge_pages",
+    "options",
     "cli",
 )
 HEAVY = {

@@ -180,7 +180,7 @@ def test_rows_that_pad_a_member_of_a_sweep_stay_zero_and_change_nothing_else():
     def padded(x):
         return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, 8), (0, 0)])
 
-    each = jax.vmap(run, in_axes=({"a": 0}, 1))
+    each = jax.jit(jax.vmap(run, in_axes=({"a": 0}, 1)))
     alone = each({"a": small}, gradients)
     together = each({"a": padded(small)}, padded(gradients))
 

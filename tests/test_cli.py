@@ -101,7 +101,7 @@ def test_the_command_that_an_adapters_card_tells_is_the_one_that_was_given(
 
     seen = []
     monkeypatch.setattr(
-        experiment, "train", lambda config, directory, command: seen.append(command)
+        experiment, "train", lambda config, directory, command: seen.append(command) or {}
     )
     monkeypatch.setattr(cli, "_config", lambda values: values.config)
     arguments = ["--config.lora.rank=16", "--config.lora.targets=('query', 'value')"]

@@ -156,3 +156,10 @@ def test_every_method_of_the_table_has_a_section():
 def test_an_experiment_without_a_method_says_how_to_add_one():
     with pytest.raises(ValueError, match=r"config: nothing would be trained: .*lora"):
         parse(SMALL | {"lora": None}, ExperimentConfig)
+
+
+def test_a_cache_of_quantised_weights_without_a_quantisation_is_refused():
+    model = SMALL["model"] | {"cache": "quantised"}
+    with pytest.raises(ValueError, match=r"model\.cache = 'quantised'.*quantization"):
+        parse(SMALL | {"model": model}, ExperimentConfig)
+    assert parse(SMALL | {"model": model, "quantization": {}}, ExperimentConfig).model.cache

@@ -79,6 +79,17 @@ def test_traffic_counts_the_slice_and_not_the_stack():
     assert moved == 6 * by_iteration + condition + gather + near
 
 
+def test_a_fusion_that_runs_beside_others_moves_what_it_would_alone():
+    line = next(line for line in LOOP.splitlines() if "%layer.1 =" in line)
+    started = """
+  %begun = ((s32[], f32[6,4,8]{2,1,0}), f32[4,8]{1,0}, u32[]) fusion-start(%i, %stack), calls=%fused
+  %layer.1 = f32[4,8]{1,0} fusion-done(%begun)"""
+
+    beside = costs.traffic(hlo.parse(LOOP.replace(line, started)))
+
+    assert beside == costs.traffic(hlo.parse(LOOP))
+
+
 def test_cycles_are_summed_and_kernels_without_an_estimate_are_named():
     found = costs.cycles(hlo.parse(LOOP))
 

@@ -17,8 +17,6 @@ from lorax_ft.training import OBJECTIVES, MeshConfig, make_mesh, make_train_step
 from lorax_ft.training.cross_entropy import cross_entropy
 from lorax_ft.training.flops import count_flops
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 BATCH, LENGTH, SIZE, WORDS = 2, 7, 64, 96
 KEYS = jax.random.split(jax.random.key(0), 6)
 X = jax.random.normal(KEYS[0], (BATCH, LENGTH, SIZE))

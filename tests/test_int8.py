@@ -8,6 +8,8 @@ from jax.sharding import PartitionSpec
 
 from lorax_ft.quantization import Int8, QuantizationConfig, bits_per_parameter, quantize_array
 
+pytestmark = pytest.mark.usefixtures("optimized_compiles")
+
 CONFIG = QuantizationConfig(kind="int8")
 
 

@@ -29,19 +29,18 @@ RUNS = [
 SWEEP = SweepConfig(runs=RUNS, slots=2)
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.fixture(autouse=True)
 def workers_as_here(monkeypatch):
-    """What workers need to compile as this process does, and to find the library."""
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    """What workers need to find the library."""
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
 
 
 @pytest.fixture(scope="module")
 def config(folder):  # noqa: F811
-    return sweeps.change(config_of(folder), {"train.steps": 24, "train.eval_every": 12})
+    """Batches of one shape, for each worker traces its own program of each."""
+    changes = {"train.steps": 24, "train.eval_every": 12, "train.checkpoint_every": 6}
+    return sweeps.change(config_of(folder), changes | {"data.loader.buckets": [8]})
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,9 @@ from lorax_ft.quantization import QuantizationConfig, quantize
 from lorax_ft.training import OBJECTIVES, OptimizerConfig, build_optimizer, make_train_step
 from lorax_ft.training.step import make_eval_step
 
-STEPS = 30
+pytestmark = pytest.mark.usefixtures("optimized_compiles")
+
+STEPS = 20
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,8 @@ from lorax_ft.quantization import (
 from lorax_ft.quantization.codebooks import dynamic_map
 from lorax_ft.quantization.nf4 import _select
 
+pytestmark = pytest.mark.usefixtures("optimized_compiles")
+
 CONFIGS = {
     "nf4": QuantizationConfig(double_quantization=False),
     "nf4, double": QuantizationConfig(),

@@ -15,8 +15,6 @@ from lorax_ft.methods import PrefixConfig, PromptConfig, add_methods
 from lorax_ft.models import Gpt2Config, LlamaConfig, build
 from lorax_ft.training import OBJECTIVES
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 WORDS, LENGTH = 50, 16
 SIZES = {"vocab_size": WORDS, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
 MODELS = {

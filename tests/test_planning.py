@@ -59,7 +59,7 @@ CPU = planning.parse_target("cpu")
 
 
 @pytest.fixture(scope="module")
-def planned(model, quick_compiles):
+def planned(model):
     return make_plan(config_of(model), CPU)
 
 

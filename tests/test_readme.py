@@ -27,9 +27,12 @@ PYTHON = blocks("python")
 
 @pytest.fixture(scope="module")
 def quickstart(minilm, tmp_path_factory):
-    """A folder in which the quickstart, cut to two steps on a base in four bits, has run."""
+    """A folder in which the quickstart has run, on a base in four bits and cut short: of two steps,
+    a few texts of one length to be tested on, and layers that are compiled once."""
     folder = tmp_path_factory.mktemp("quickstart")
     arguments = ["--config.train.steps=2", "--config.baseline=False"]
+    arguments += ["--config.data.split.test=0.03", "--config.data.loader.buckets=(48,)"]
+    arguments += ["--config.model.compute.scan_layers=True"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         config = f"--config={ROOT / 'configs/quickstart.py'}:qlora"
@@ -73,7 +76,7 @@ def test_a_config_command_parses(command, monkeypatch):
 
     seen = []
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(experiment, "train", lambda config, run_dir, **_: seen.append(config))
+    monkeypatch.setattr(experiment, "train", lambda config, run_dir, **_: seen.append(config) or {})
     monkeypatch.setattr(experiment, "describe", lambda config: seen.append(config))
 
     assert cli.main([*shlex.split(command), "--traceback"]) == 0
@@ -91,7 +94,7 @@ def test_the_files_that_are_linked_are_there():
 def test_every_config_is_one_that_the_program_takes(path, monkeypatch):
     from lorax_ft import experiment
 
-    monkeypatch.setattr(experiment, "train", lambda config, run_dir, **_: None)
+    monkeypatch.setattr(experiment, "train", lambda config, run_dir, **_: {})
 
     size = "7b-" if path.stem == "llama" else ""
     for method in ("lora", "qlora16" if size else "qlora"):

@@ -14,7 +14,6 @@ from lorax_ft.models import hub
 from lorax_ft.quantization import QuantizationConfig, quantize
 from tests.golden import check
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "t5"
 CASES = check.cases_of(GOLDEN)
 ADAPTERS = [name for name, case in CASES.items() if case["type"] == "adapter"]

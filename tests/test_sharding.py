@@ -194,6 +194,7 @@ SECTIONS = [
 ]
 
 
+@functools.cache  # what one device ends in is asked for by each mesh
 def train_real(name, config):
     """(trained half, losses) of three steps of several methods together, on a base in four bits."""
     model = build(REAL[name], task="sequence_classification")

@@ -6,11 +6,14 @@ import re
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
 from lorax_ft import LoraConfig, add_lora, inspect, partition
 from lorax_ft.adapted import make_apply, make_outputs
 from lorax_ft.models import LlamaConfig, build
 from lorax_ft.training import OBJECTIVES, MeshConfig, make_mesh, make_train_step, shard, shard_batch
+
+pytestmark = pytest.mark.usefixtures("optimized_compiles")
 
 TEXTS, TOKENS, PLACES = 16, 16, 4  # places of each text that a piece has
 CONFIG = LlamaConfig(

@@ -9,8 +9,6 @@ from lorax_ft.sweeps.specification import Search, SweepConfig
 from lorax_ft.sweeps.study import StudyQueue, fields
 from tests.test_sweep import config_of, folder  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 SPACE = {
     "lora.rank": sweeps.choice(1, 2, 4),
     "lora.dropout": sweeps.choice(0.0, 0.2),

@@ -18,8 +18,6 @@ from lorax_ft.sweeps.tables import comparisons_table
 from lorax_ft.training.records import read_records
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 DIVERGES = {"optimizer.learning_rate": 1e38, "train.max_nonfinite": 2, "train.best_metric": None}
 RUNS = [*sweeps.grid({"lora.rank": [1, 3], "seed": [0, 1]}), DIVERGES]
 

@@ -5,7 +5,7 @@
 Each run is `lorax-ft train` with a config of `configs/`, which lists the methods. One that has a
 row in results.csv is not run again (delete the row for that), one that was stopped goes on. Writes
 results.csv, results.md and results.png beside this file; the table has what cost.py measured too,
-and what the methods reach on Shakespeare by ../sweeps.
+and what the methods reach by ../sweeps, each at its own best learning rate.
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ TASKS = {  # by the name of their config
         floor=(TFIDF, 0.152),
     ),
 }
+
+# Each method at the best of its own learning rates: what ../sweeps is chosen by.
+SWEEPS = {"trec": "accuracy", "cola": "matthews", "shakespeare": "loss"}
 
 _DATA = flags.DEFINE_string("data", "data", "folder with the tasks' data")
 _RUNS = flags.DEFINE_string("runs", "runs/methods", "where run directories go")
@@ -158,35 +161,39 @@ def costs() -> dict[str, dict[str, str]]:
         return {row["method"]: row for row in csv.DictReader(file)}
 
 
-def shakespeare() -> dict[str, list[float]]:
-    """Test losses of each method at the learning rate that validation chose, by our names."""
+def swept(sweep: str, metric: str) -> dict[str, list[float]]:
+    """What each method reaches on the test split at the learning rate that validation chose in a
+    sweep of ../sweeps, by our names.
+    """
     names = {"lora on nf4": "qlora", "adapters": "houlsby"}
-    with (HERE.parent / "sweeps" / "shakespeare_methods" / "runs.csv").open(newline="") as file:
+    with (HERE.parent / "sweeps" / sweep / "runs.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     settings: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
         settings.setdefault((row["method"], row["optimizer.learning_rate"]), []).append(row)
+    sign = 1 if metric == "loss" else -1  # of a loss less is better
     best: dict[str, tuple[float, list[float]]] = {}
     for (method, _), group in settings.items():
-        chosen_by = statistics.mean(float(row["validation.loss"]) for row in group)
-        found = chosen_by, [float(row["test.loss"]) for row in group]
+        chosen_by = sign * statistics.mean(float(row[f"validation.{metric}"]) for row in group)
         method = names.get(method, method)
-        best[method] = min(best.get(method, found), found)
-    return {method: losses for method, (_, losses) in best.items()}
+        if method not in best or chosen_by < best[method][0]:
+            best[method] = chosen_by, [float(row[f"test.{metric}"]) for row in group]
+    return {method: scores for method, (_, scores) in best.items()}
 
 
 def table(rows: list[dict]) -> str:
-    """What the methods cost, and for each task means over seeds, the peer's and the floor."""
-    cost, language = costs(), shakespeare()
+    """What the methods cost and reach at their own best learning rate; then what each reaches by
+    the configs' settings, the peer's and the floor.
+    """
+    cost = costs()
+    best = [swept(f"{task}_methods", metric) for task, metric in SWEEPS.items()]
     lines = [
         "| method | trainable | share | parameters, MB | optimizer, MB | temporaries of a step, MB "
-        "| step, of full's | prediction, of full's | TREC, accuracy (seeds) | the same by PEFT "
-        "| Shakespeare, loss (seeds) |",
+        "| step, of full's | prediction, of full's | TREC, accuracy (seeds) "
+        "| CoLA, Matthews (seeds) | Shakespeare, loss (seeds) |",
         "|---" + "|---:" * 10 + "|",
     ]
-    groups = {k: list(g) for k, g in itertools.groupby(rows, lambda row: key(row)[:2])}
-    trec = {method: group for (task, method), group in groups.items() if task == "trec"}
-    for method in dict.fromkeys([*cost, *trec, *language]):
+    for method in dict.fromkeys([*cost, *(m for scores in best for m in scores)]):
         if row := cost.get(method):
             how = "merged" if row["merged"] == "True" else "as it is"
             cells = [
@@ -200,20 +207,17 @@ def table(rows: list[dict]) -> str:
             ]
         else:
             cells = [""] * 7
-        cells.append(mean_text([r["score"] for r in trec[method]]) if method in trec else "")
-        cells.append(mean_text(peers("trec")[method]) if method in peers("trec") else "")
-        cells.append(mean_text(language[method]) if method in language else "")
+        cells += [mean_text(scores[method]) if method in scores else "" for scores in best]
         lines.append(f"| {method} | {' | '.join(cells)} |")
-    floor = TASKS["trec"].floor
-    lines += [f"| {floor[0]} |{' |' * 7} {floor[1]} | | |", ""]
-    lines += ["| method | CoLA, Matthews (seeds) | the same by PEFT |", "|---|---:|---:|"]
-    for (task, method), group in groups.items():
-        if task == "cola":
-            peer = peers(task).get(method)
-            score = mean_text([r["score"] for r in group])
-            lines.append(f"| {method} | {score} | {mean_text(peer) if peer else ''} |")
-    floor = TASKS["cola"].floor
-    lines.append(f"| {floor[0]} | {floor[1]} | |")
+    groups = {k: list(g) for k, g in itertools.groupby(rows, lambda row: key(row)[:2])}
+    for name, task in TASKS.items():
+        lines += ["", f"| method | {name}, {task.metric} (seeds) | the same by PEFT |"]
+        lines.append("|---|---:|---:|")
+        for (of, method), group in groups.items():
+            if of == name:
+                score, peer = mean_text([r["score"] for r in group]), peers(name).get(method)
+                lines.append(f"| {method} | {score} | {mean_text(peer) if peer else ''} |")
+        lines.append(f"| {task.floor[0]} | {task.floor[1]} | |")
     return "\n".join(lines) + "\n"
 
 

@@ -6,10 +6,11 @@ from it (`weight.absmax` and so on) say what they mean. Nothing is dequantised o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,8 +18,16 @@ import numpy as np
 
 from lorax_ft.leaves import is_leaf
 from lorax_ft.models.tensor_files import TensorFiles
-from lorax_ft.quantization.bitsandbytes import LEAVES, from_bitsandbytes, to_bitsandbytes
+from lorax_ft.quantization import QuantizationConfig, quantize_array
+from lorax_ft.quantization.bitsandbytes import (
+    LEAVES,
+    from_bitsandbytes,
+    kind_of,
+    to_bitsandbytes,
+    without_codes,
+)
 from lorax_ft.quantization.nf4 import FourBit
+from lorax_ft.quantization.slices import Index, convert_slices, place
 
 # How a checkpoint may say that it is of bitsandbytes and in four bits, and what changes nothing.
 _REQUIRED = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
@@ -56,17 +65,68 @@ class FourBitFiles:
         state = next(part for part in self.parts[name] if ".quant_state." in part)
         return tuple(json.loads(self.files.read(state).tobytes())["shape"])
 
-    def read(self, name: str) -> Any:
-        """An array, or the leaf of a four-bit weight: of numpy arrays, for a kernel `[in, out]`.
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> Any:
+        """An array or a slice of it, or the whole leaf of a four-bit weight: of numpy arrays, for a
+        kernel `[in, out]`.
 
         Raises ValueError naming the weight whose parts do not fit together.
         """
         if name not in self.parts:
-            return self.files.read(name)
-        stem = name.removesuffix("weight")
-        tensors = {part.removeprefix(stem): self.files.read(part) for part in self.parts[name]}
-        try:
+            return self.files.read(name, index)
+        tensors = {part: self.files.read(own) for part, own in self._parts(name).items()}
+        with self._naming(name):
             return from_bitsandbytes(tensors)
+
+    def like(self, name: str) -> FourBit:
+        """What `read` gives of a four-bit weight, of `ShapeDtypeStruct`s. Raises as it does."""
+        with self._naming(name):
+            kernel = without_codes(self._small(name))
+            config = QuantizationConfig(
+                kind=kind_of(kernel),
+                block_size=kernel.block_size,
+                double_quantization=kernel.nested_absmax is not None,
+            )
+            shape = jax.ShapeDtypeStruct(kernel.core_shape, kernel.dtype)
+            return quantize_array(shape, config)  # pyright: ignore[reportReturnType]
+
+    def place(self, name: str, shardings: Any) -> FourBit:
+        """What `read` gives of a four-bit weight, on a mesh: a process reads its devices' slices.
+
+        `shardings` is the leaf with a `NamedSharding` in place of each array. Weights whose blocks
+        run over their rows' ends are read whole. Raises as `read` does.
+        """
+        fields = ("packed", "absmax", "nested_absmax", "offset")
+        lies = {field: getattr(shardings, field) for field in fields}
+        with self._naming(name):
+            kernel, own = without_codes(self._small(name)), self._parts(name)
+        if not kernel.blocked:
+            whole = self.read(name)
+            return jax.tree.map(place, whole, whole.replace(**lies))
+
+        def read(part: str, shape: tuple[int, int], index: Index) -> np.ndarray:
+            dtype = np.uint8 if part == "weight" else None  # it may be stored as bfloat16
+            return self.files.read(own[part], index, shape=shape, dtype=dtype)
+
+        with self._naming(name):
+            return convert_slices(read, kernel, kernel.replace(**lies))
+
+    def _parts(self, name: str) -> dict[str, str]:
+        """The files' names of a four-bit weight's tensors by those of bitsandbytes."""
+        stem = name.removesuffix("weight")
+        return {part.removeprefix(stem): part for part in self.parts[name]}
+
+    def _small(self, name: str) -> dict[str, Any]:
+        """A four-bit weight's tensors, None for those that grow with it."""
+        large = ("weight", "weight.absmax")
+        return {
+            part: None if part in large else self.files.read(own)
+            for part, own in self._parts(name).items()
+        }
+
+    @contextlib.contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        try:
+            yield
         except ValueError as error:
             raise ValueError(f"{self.file_of[name]}: the tensor {name!r}: {error}") from None
 

@@ -16,12 +16,10 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lorax_ft.leaves import is_leaf
-from lorax_ft.models.attention import halved_rows
-from lorax_ft.models.decoders import ROTATED
+from lorax_ft.models import quantized_cache
 from lorax_ft.models.four_bit import (
     check_quantization,
     four_bit_files,
@@ -33,7 +31,6 @@ from lorax_ft.models.hugging_face import in_layer, is_stacked, is_turned, split_
 from lorax_ft.models.layers import Array, PyTree
 from lorax_ft.models.llama import LlamaConfig
 from lorax_ft.models.matching import (
-    Checkpoint,
     check_complete,
     named,
     new_parameters,
@@ -41,6 +38,15 @@ from lorax_ft.models.matching import (
     with_own_head,
 )
 from lorax_ft.models.model import Model, build
+from lorax_ft.models.streaming import (
+    Transform,
+    flatten_shardings,
+    place_shapes,
+    place_whole,
+    plan,
+    quantize_chosen,
+    read_parameter,
+)
 from lorax_ft.models.tensor_files import (
     MAX_SHARD_BYTES,
     new_directory,
@@ -49,10 +55,9 @@ from lorax_ft.models.tensor_files import (
     write_json,
     write_tensors,
 )
-from lorax_ft.quantization import FourBit
-from lorax_ft.trees import flatten, flatten_arrays, map_with_path
-
-Transform = Callable[[str, Array], Any]
+from lorax_ft.quantization import FourBit, QuantizationConfig
+from lorax_ft.quantization.slices import on_host
+from lorax_ft.trees import flatten, flatten_arrays, with_fields
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +83,9 @@ def load(
     num_labels: int | None = None,
     key: Array | None = None,
     transform: Transform | None = None,
+    quantization: QuantizationConfig | None = None,
+    shardings: Callable[[PyTree], PyTree] | None = None,
+    cache: str | pathlib.Path | None = None,
     ignore_fields: tuple[str, ...] = (),
     interleaved_rotary: bool = False,
     **overrides: Any,
@@ -94,6 +102,12 @@ def load(
         transform: `(path, array) -> array or leaf`, applied to each parameter as soon as it is
             read, so that the whole is never in memory. Of stacked layers it sees one at a time, and
             the arrays of what it returns are stacked. What is in four bits already it does not see.
+        quantization: kernels that its patterns name are put in few bits as they are read.
+        shardings: gives each array's `NamedSharding`, of the tree of parameters as
+            `ShapeDtypeStruct`s: each process then reads only what its own devices hold.
+        cache: a folder that keeps what `quantization` made of a checkpoint, under a fingerprint of
+            its files: the second time no weights are read from them (but the head that a T5 may
+            share with its table).
         ignore_fields: fields of config.json that are not known here and change nothing.
         interleaved_rotary: queries and keys are in the order of Meta's own LLaMA files, and are put
             into that of Hugging Face's.
@@ -103,10 +117,14 @@ def load(
     Raises FileNotFoundError for what is missing, and ValueError naming the file, tensor or field
     for what is damaged, left over or not handled.
     """
+    if cache is not None and quantization is None:
+        raise ValueError("load: cache is for quantised weights: give quantization too.")
+    if transform is not None and (quantization is not None or shardings is not None):
+        raise ValueError("load: transform takes the place of quantization and shardings.")
     directory = find_directory(path_or_id)
     raw = read_json(directory / "config.json")
-    if quantization := raw.pop("quantization_config", None):
-        check_quantization(quantization)
+    if in_four_bits := raw.pop("quantization_config", None):
+        check_quantization(in_four_bits)
     model = build(
         raw,
         task=task,
@@ -119,20 +137,45 @@ def load(
             "load: interleaved_rotary is for models with rotary positions: leave it out."
         )
     with open_tensors(directory) as tensors:
-        checkpoint = named(model, four_bit_files(tensors) if quantization else tensors)
+        checkpoint = named(model, four_bit_files(tensors) if in_four_bits else tensors)
         model = with_own_head(model, checkpoint)
         paths = new_parameters(model, checkpoint, resized=num_labels is not None)
-        check_complete(model, checkpoint, paths)
+        shapes = flatten(model.shapes())
+        planned = plan(model, checkpoint, quantization)
+        placed: dict[str, Any] = {}
+        if shardings is not None:
+            tree = with_fields(model.shapes(), planned)
+            placed = flatten_shardings(shardings(tree), planned)
+        read = functools.partial(
+            read_parameter,
+            model,
+            checkpoint,
+            transform=transform,
+            quantization=quantization,
+            interleaved_rotary=interleaved_rotary,
+        )
+
+        def read_all() -> dict[str, Any]:
+            check_complete(model, checkpoint, paths)
+            own = {path: shape for path, shape in shapes.items() if path not in paths}
+            return {path: read(path, own[path], shardings=placed.get(path)) for path in own}
+
+        if cache is None or quantization is None or in_four_bits:
+            params = read_all()
+        else:
+            files = [directory / "config.json", *tensors.handles]
+            entry = quantized_cache.entry(
+                cache, files, model, quantization, interleaved_rotary, paths
+            )
+            like = {p: place_shapes(v, placed.get(p)) for p, v in planned.items() if p not in paths}
+            params = quantized_cache.restore_or_make(entry, like, read_all, fingerprint)
         if paths:
             logger.warning("New, for the task %s: %s.", model.task, ", ".join(paths))
-        new = _start(model, paths, key, directory)
-
-        def parameter(path: str, shape: jax.ShapeDtypeStruct) -> Any:
-            if path in new:
-                return new[path] if transform is None else transform(path, new[path])
-            return _read(model, checkpoint, path, shape, transform, interleaved_rotary)
-
-        return model, map_with_path(parameter, model.shapes())
+        new = quantize_chosen(_start(model, paths, key, directory), quantization)
+        for path, value in new.items():
+            value = value if transform is None else transform(path, value)
+            params[path] = place_whole(value, placed.get(path))
+        return model, with_fields(model.shapes(), params)
 
 
 def describe(
@@ -268,9 +311,11 @@ def fingerprint(params: PyTree, without: Collection[str] = ()) -> str:
     """
     lines = []
     for path, array in flatten_arrays(params).items():
-        array = np.asarray(array)
         stacked = is_stacked(path)
-        for i, part in enumerate(array if stacked else [array]):
+        if not isinstance(array, jax.Array) or len(array.devices()) == 1:
+            array = np.asarray(array)  # on a CPU no copy
+        for i in range(array.shape[0] if stacked else 1):
+            part = on_host(array[i] if stacked else array)
             name = in_layer(path, i) if stacked else path
             if name in without:
                 continue
@@ -280,48 +325,6 @@ def fingerprint(params: PyTree, without: Collection[str] = ()) -> str:
 
 
 # --- Reading --------------------------------------------------------------------------------------
-
-
-def _read(
-    model: Model,
-    checkpoint: Checkpoint,
-    path: str,
-    shape: jax.ShapeDtypeStruct,
-    transform: Transform | None,
-    interleaved_rotary: bool,
-) -> Any:
-    """One parameter, in our orientation and dtype; layers stacked."""
-
-    rotated = interleaved_rotary and split_layer(path)[0].startswith(ROTATED)
-
-    def layer(name: str) -> Any:
-        value = checkpoint.read(name)
-        if is_leaf(value):
-            if rotated:
-                raise ValueError(
-                    f"{checkpoint.where(name)}: a four-bit weight cannot be reordered."
-                )
-            return jax.tree.map(jnp.asarray, value.astype(shape.dtype))
-        array = value.astype(shape.dtype, copy=False)
-        array = halved_rows(array, model.config.size_of_head) if rotated else array
-        return array.T if is_turned(model.family.tables, path) else array
-
-    names = tensor_names(model, path, shape.shape)
-    if transform is None and not any(map(checkpoint.is_four_bit, names.values())):
-        arrays = [layer(name) for name in names.values()]
-        return jnp.asarray(arrays[0] if None in names else np.stack(arrays))
-    parts = []
-    for name in names.values():
-        part = layer(name)
-        if transform is not None and not is_leaf(part):
-            part = transform(path, jnp.asarray(part))
-        parts.append(part)
-    if len({jax.tree.structure(part) for part in parts}) > 1:
-        raise ValueError(
-            f"{checkpoint.directory}: the layers of {path} are not all kept alike, some of them in "
-            "four bits: they cannot be stacked. Pass scan_layers=False."
-        )
-    return parts[0] if None in names else jax.tree.map(lambda *fields: jnp.stack(fields), *parts)
 
 
 def _start(

@@ -16,6 +16,7 @@ from lorax_ft.models.four_bit import FourBitFiles
 from lorax_ft.models.model import Model
 from lorax_ft.models.t5_config import T5Config
 from lorax_ft.models.tensor_files import TensorFiles
+from lorax_ft.quantization import FourBit
 from lorax_ft.trees import flatten
 
 logger = logging.getLogger(__name__)
@@ -37,10 +38,21 @@ class Checkpoint:
 
     def is_four_bit(self, name: str) -> bool:
         """Whether `read` gives a four-bit leaf, whose kernel is `[in, out]`."""
-        return self.file_names[name] in self.tensors.four_bit
+        return self.file_names.get(name) in self.tensors.four_bit
 
-    def read(self, name: str) -> Any:
-        array = self.tensors.read(self.file_names[name])
+    def four_bit_like(self, name: str) -> FourBit:
+        """A four-bit leaf of `ShapeDtypeStruct`s."""
+        assert isinstance(self.tensors, FourBitFiles)
+        return self.tensors.like(self.file_names[name])
+
+    def place_four_bit(self, name: str, shardings: Any) -> FourBit:
+        """A four-bit leaf, each of its arrays laid as the leaf of shardings says."""
+        assert isinstance(self.tensors, FourBitFiles)
+        return self.tensors.place(self.file_names[name], shardings)
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> Any:
+        """The tensor or that slice of it; a four-bit leaf has no slices."""
+        array = self.tensors.read(self.file_names[name], index)
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{self.where(name)} has dtype {array.dtype}, not a float.")
         return array

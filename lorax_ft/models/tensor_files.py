@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -12,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar
 
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -19,6 +22,16 @@ import safetensors.numpy
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9  # as transformers cuts them, but for its newer, larger default
+
+_DTYPES: Mapping[str, Any] = {
+    **{f"F{8 * n}": np.dtype(f"f{n}") for n in (2, 4, 8)},
+    **{f"I{8 * n}": np.dtype(f"i{n}") for n in (1, 2, 4, 8)},
+    **{f"U{8 * n}": np.dtype(f"u{n}") for n in (1, 2, 4, 8)},
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "BOOL": np.dtype(bool),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -35,8 +48,32 @@ class TensorFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.handles[self.file_of[name]].get_slice(name).get_shape())
 
-    def read(self, name: str) -> np.ndarray:
-        return self.handles[self.file_of[name]].get_tensor(name)
+    def read(
+        self,
+        name: str,
+        index: tuple[slice, ...] = (),
+        *,
+        shape: tuple[int, ...] | None = None,
+        dtype: Any = None,
+    ) -> np.ndarray:
+        """The tensor, or that slice of it, as a copy: the file's pages are let go of at once.
+
+        `shape` and `dtype` are others that its bytes are seen in. Raises ValueError where they do
+        not fit.
+        """
+        path = self.file_of[name]
+        start, entries = _header(path)
+        entry = entries[name]
+        first, end = entry["data_offsets"]
+        own_dtype = _DTYPES.get(entry["dtype"])
+        if own_dtype is None:
+            raise ValueError(f"{path}: the tensor {name!r} has dtype {entry['dtype']}.")
+        dtype = own_dtype if dtype is None else dtype
+        shape = tuple(entry["shape"]) if shape is None else shape
+        if first == end:
+            return np.empty(shape, dtype)[index]
+        data = np.memmap(path, np.uint8, mode="r", offset=start + first, shape=(end - first,))
+        return np.array(data.view(dtype).reshape(shape)[index])
 
 
 @contextlib.contextmanager
@@ -44,7 +81,7 @@ def open_tensors(directory: pathlib.Path) -> Iterator[TensorFiles]:
     """Opens every file of a safetensors checkpoint.
 
     Raises FileNotFoundError where there is none or a shard is missing, and ValueError for a damaged
-    file and for an index that does not fit the files.
+    file and for an index that does not fit the files, in names or in bytes.
     """
     paths, promised = _files(directory)
     with contextlib.ExitStack() as stack:
@@ -58,8 +95,11 @@ def open_tensors(directory: pathlib.Path) -> Iterator[TensorFiles]:
         for name, path in promised.items():
             if file_of.get(name) != path:
                 raise ValueError(
-                    f"{directory / INDEX_FILE} says that {name!r} is in {path.name}, but it is not."
+                    f"{directory / INDEX_FILE} says that {name!r} is in {path.name}, but it is "
+                    "not: the files are of different versions."
                 )
+        if promised:
+            _check_versions(directory / INDEX_FILE, file_of, promised)
         yield TensorFiles(file_of=file_of, handles=handles)
 
 
@@ -85,6 +125,58 @@ def _files(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, pathl
             f"{', '.join(missing)}."
         )
     return paths, promised
+
+
+def _check_versions(
+    index: pathlib.Path,
+    file_of: Mapping[str, pathlib.Path],
+    promised: Mapping[str, pathlib.Path],
+) -> None:
+    """Raises ValueError where shards hold more than their index says, or other sizes of it.
+
+    An index may count the weights in another precision than all its files have: it was written
+    before they were cast.
+    """
+    if unnamed := sorted(set(file_of) - set(promised)):
+        raise ValueError(
+            f"{file_of[unnamed[0]]} holds {unnamed[0]!r}, which {index.name} does not name: the "
+            "files are of different versions."
+        )
+    total = (read_json(index).get("metadata") or {}).get("total_size")
+    paths = sorted(set(file_of.values()))
+    sizes = {path: path.stat().st_size - _header(path)[0] for path in paths}
+    if total is None or total == sum(sizes.values()):
+        return
+    entries = [_header(path)[1][name] for name, path in file_of.items()]
+    count = sum(math.prod(entry["shape"]) for entry in entries)
+    if len({entry["dtype"] for entry in entries}) == 1 and total in (2 * count, 4 * count):
+        return
+    written = index.stat().st_mtime
+    files = ", ".join(
+        f"{path.name} ({size:,} bytes{', newer' if path.stat().st_mtime > written else ''})"
+        for path, size in sizes.items()
+    )
+    raise ValueError(
+        f"{index} says that the tensors have {total:,} bytes, but they have "
+        f"{sum(sizes.values()):,}: the files are of different versions. They are {files}; newer "
+        "is what was written after the index. Fetch all of them again."
+    )
+
+
+def _header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
+    """Where the data of an opened, so whole, file begins, and what is said of each tensor."""
+    stat = path.stat()
+    return _parsed_header(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed_header(path: pathlib.Path, size: int, mtime_ns: int) -> tuple[int, dict[str, Any]]:
+    del size, mtime_ns  # a file that was written anew is read anew
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return 8 + length, header
 
 
 def _nothing_there(directory: pathlib.Path) -> str:

@@ -16,6 +16,7 @@ _FREE = {
     *("async-start", "async-update", "async-done", "copy-done", "slice-done"),
 }
 _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
+_FUSIONS = ("fusion", "fusion-start")  # the second, since JAX 0.11, runs beside others
 _SLICES = ("dynamic-slice", "gather", "slice")
 
 
@@ -63,7 +64,7 @@ def collectives(program: Program, devices: int) -> tuple[Collective, ...]:
         inside = (
             program.computations.get(name, {})
             for name in instruction.called
-            if instruction.opcode == "fusion"
+            if instruction.opcode in _FUSIONS
         )
         within = [(computation, instruction), *((c, i) for c in inside for i in c.values())]
         for place, one in within:
@@ -137,9 +138,11 @@ def _moved(program: Program, instruction: Instruction, computation: Computation)
     if opcode in _FREE or (opcode.endswith("-done") and opcode != "fusion"):
         return 0
     operands = [computation[name] for name in instruction.operands if name in computation]
-    if opcode == "fusion":
+    if opcode in _FUSIONS:
         inner = program.computations.get(next(iter(instruction.called), ""), {})
-        return _fusion(inner, instruction, operands)
+        # the type of one that is started holds the operands, the results and its own context
+        held = sum(len(operand.arrays) for operand in operands) if opcode != "fusion" else 0
+        return _fusion(inner, instruction.arrays[held:], operands)
     if opcode in _SLICES:
         return 2 * _bytes(instruction.arrays)
     if opcode == "dynamic-update-slice":
@@ -148,8 +151,8 @@ def _moved(program: Program, instruction: Instruction, computation: Computation)
     return _bytes(written) + sum(_bytes(operand.arrays) for operand in operands)
 
 
-def _fusion(inner: Computation, outer: Instruction, operands: list[Instruction]) -> int:
-    """What a fusion reads of each operand, and what it writes."""
+def _fusion(inner: Computation, outer: tuple[Array, ...], operands: list[Instruction]) -> int:
+    """What a fusion reads of each operand, and what it writes of `outer`, its results."""
     users: dict[str, list[Instruction]] = {}
     for instruction in inner.values():
         for name in instruction.operands:
@@ -162,7 +165,7 @@ def _fusion(inner: Computation, outer: Instruction, operands: list[Instruction])
     results = [
         inner[name] for r in roots if r.opcode == "tuple" for name in r.operands if name in inner
     ]
-    for result, array in zip(results or roots, outer.arrays):
+    for result, array in zip(results or roots, outer):
         if array.space:
             continue
         updated = _through_bitcasts(inner, result)

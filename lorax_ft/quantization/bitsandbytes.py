@@ -30,7 +30,7 @@ def to_bitsandbytes(kernel: FourBit) -> dict[str, np.ndarray]:
             f"to_bitsandbytes: the leaf is a stack {list(kernel.stack_shape)} of kernels. Slice it "
             "first: jax.tree.map(lambda field: field[i], leaf)."
         )
-    name = _quant_type(kernel)
+    name = kind_of(kernel)
     packed, absmax = np.asarray(kernel.packed), np.asarray(kernel.absmax)
     if kernel.blocked:
         blocks = packed.reshape(absmax.shape[0], -1, kernel.out_size)
@@ -73,36 +73,57 @@ def from_bitsandbytes(
     of it, and `dtype` for another than the one that was quantised. Raises ValueError where a part
     is missing, unknown or of another scheme.
     """
-    state = _state(tensors)
-    _check_parts(tensors)
-    leaf_type: Any = LEAVES[state["quant_type"]]
+    state, kernel = _state(tensors), without_codes(tensors)
     out_size, in_size = state["shape"]
-    block_size = state["blocksize"]
-    _check_map("quant_map", tensors["weight.quant_map"], leaf_type.table)
     packed = (
         np.ascontiguousarray(tensors["weight"]).reshape(-1).view(np.uint8)
     )  # may be stored as bfloat16
     absmax = np.asarray(tensors["weight.absmax"])
-    if is_blocked(in_size, block_size):
-        neighbours = packed.reshape(out_size, -1)
-        codes = np.stack([neighbours >> 4, neighbours & 15], axis=-1).reshape(out_size, in_size).T
-        halves = codes.reshape(-1, 2, block_size // 2, out_size)
-        packed = ((halves[:, 0] << 4) | halves[:, 1]).reshape(-1, out_size)
+    if is_blocked(in_size, kernel.block_size):
+        packed = blocks_in_columns(packed.reshape(out_size, -1), kernel.block_size)
         absmax = np.ascontiguousarray(absmax.reshape(out_size, -1).T)
-    nested_absmax, offset = _nested(tensors, state)
-    return leaf_type(
+    return kernel.replace(
         packed=packed,
         absmax=absmax,
-        nested_absmax=nested_absmax,
-        offset=offset,
-        block_size=block_size,
         kernel_shape=kernel_shape or (in_size, out_size),
         kernel_in_axes=tuple(in_axes),
         shown_dtype=jnp.dtype(dtype or state["dtype"]),
     )
 
 
-def _quant_type(kernel: FourBit) -> str:
+def without_codes(tensors: Mapping[str, Any]) -> FourBit:
+    """The leaf of `from_bitsandbytes`, None for `packed` and `absmax`.
+
+    Of `weight` and `weight.absmax` only the names are looked at. Raises as it does.
+    """
+    state = _state(tensors)
+    _check_parts(tensors)
+    leaf_type: Any = LEAVES[state["quant_type"]]
+    _check_map("quant_map", tensors["weight.quant_map"], leaf_type.table)
+    out_size, in_size = state["shape"]
+    nested_absmax, offset = _nested(tensors, state)
+    return leaf_type(
+        packed=None,
+        absmax=None,
+        nested_absmax=nested_absmax,
+        offset=offset,
+        block_size=state["blocksize"],
+        kernel_shape=(in_size, out_size),
+        kernel_in_axes=(-2,),
+        shown_dtype=jnp.dtype(state["dtype"]),
+    )
+
+
+def blocks_in_columns(packed: np.ndarray, block_size: int) -> np.ndarray:
+    """Bytes of whole blocks from bitsandbytes' order, `[out, in / 2]`, to ours, `[in / 2, out]`."""
+    out_size = packed.shape[0]
+    codes = np.stack([packed >> 4, packed & 15], axis=-1).reshape(out_size, -1).T
+    halves = codes.reshape(-1, 2, block_size // 2, out_size)
+    return ((halves[:, 0] << 4) | halves[:, 1]).reshape(-1, out_size)
+
+
+def kind_of(kernel: FourBit) -> str:
+    """The `quant_type` of a leaf."""
     return next(name for name, leaf_type in LEAVES.items() if isinstance(kernel, leaf_type))
 
 

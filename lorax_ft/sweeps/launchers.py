@@ -14,13 +14,11 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import importlib
 import os
 import pathlib
 import pickle
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -29,10 +27,10 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lorax_ft.cluster import RETRIES, Preempted, load_engine, ray_cluster
 from lorax_ft.sweeps.directory import JOBS
 from lorax_ft.sweeps.worker import Task
 
-RETRIES = 5  # of a group whose worker died
 POLL = 0.2  # seconds between looks at workers
 STOPPED = 75  # exit code of a worker that SIGTERM stopped, after it had saved
 WORKER = (
@@ -113,16 +111,21 @@ def open_ray(
     argument: str, resources: Mapping[str, Any], directory: pathlib.Path
 ) -> Iterator[Launch]:
     """Tasks of a Ray cluster, which starts those again whose worker or node died."""
-    ray, address = _import("ray"), os.environ.get("RAY_ADDRESS") or "local"
     if argument:
         raise ValueError(f"--launcher=ray:{argument}: set RAY_ADDRESS={argument} instead.")
-    ours = not ray.is_initialized()
-    if ours:
-        _check_reachable(address)
-        try:
-            ray.init(address=address)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ConnectionError(f"RAY_ADDRESS={address} cannot be used: {error}") from error
+    with ray_cluster() as ray:
+        yield _ray_launch(ray, resources)
+
+
+def _ray_launch(ray: Any, resources: Mapping[str, Any]) -> Launch:
+    # A process of its own for each group: it gives its memory back.
+    options = {"max_retries": RETRIES, "max_calls": 1, "retry_exceptions": [Preempted]}
+    if ray.cluster_resources().get("GPU"):
+        options["num_gpus"] = 1  # without it Ray hides them
+    try:
+        remote = ray.remote(**{**options, **resources})(_train_or_raise)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--launcher=ray: resources {dict(resources)}: {error}") from error
 
     def launch(task: Task, names: Sequence[str]) -> Iterator[tuple[str, str | None]]:
         running = {remote.options(name=name).remote(task, name): name for name in names}
@@ -136,19 +139,7 @@ def open_ray(
                     error = f"{type(cause).__name__}: {cause}"
                 yield running.pop(done), error
 
-    try:
-        # A process of its own for each group: it gives its memory back.
-        options = {"max_retries": RETRIES, "max_calls": 1, "retry_exceptions": [Preempted]}
-        if ray.cluster_resources().get("GPU"):
-            options["num_gpus"] = 1  # without it Ray hides them
-        try:
-            remote = ray.remote(**{**options, **resources})(_train_or_raise)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"--launcher=ray: resources {dict(resources)}: {error}") from error
-        yield launch
-    finally:
-        if ours:
-            ray.shutdown()
+    return launch
 
 
 @contextlib.contextmanager
@@ -156,7 +147,7 @@ def open_slurm(
     argument: str, resources: Mapping[str, Any], directory: pathlib.Path
 ) -> Iterator[Launch]:
     """Jobs of Slurm, or of what else submitit knows by the argument's name: local, debug."""
-    submitit = _import("submitit", extra="slurm")
+    submitit = load_engine("submitit", extra="slurm")
     if not argument and shutil.which("sbatch") is None:
         raise ConnectionError(
             "--launcher=slurm: there is no sbatch on this machine. Give the command where jobs of "
@@ -230,10 +221,6 @@ def _await(
         time.sleep(POLL)
 
 
-class Preempted(Exception):
-    """SIGTERM stopped a worker, which had saved; Ray hands its group on."""
-
-
 def _train_or_raise(task: Task, name: str) -> None:
     if task(name) == "preempted":
         raise Preempted(name)
@@ -253,31 +240,7 @@ class Requeued:
             return End(f"{type(error).__name__}: {error}")
 
     def checkpoint(self, name: str) -> Any:
-        return _import("submitit", extra="slurm").helpers.DelayedSubmission(self, name)
-
-
-def _check_reachable(address: str) -> None:
-    """Raises ConnectionError at once where nothing listens; Ray itself would wait for minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon:  # "local", "auto", or what Ray will refuse
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, ValueError) as error:
-        raise ConnectionError(
-            f"RAY_ADDRESS={address} cannot be reached: {error}. Start that cluster, or unset "
-            "RAY_ADDRESS to start one here."
-        ) from error
-
-
-def _import(package: str, extra: str | None = None) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        extra = extra or package
-        raise ImportError(
-            f"--launcher={extra} needs {package}: pip install 'lorax_ft[{extra}]'."
-        ) from None
+        return load_engine("submitit", extra="slurm").helpers.DelayedSubmission(self, name)
 
 
 @contextlib.contextmanager

@@ -36,6 +36,10 @@ def train(
     OSError for a storage or cluster that cannot be reached, ImportError for a search without Optuna
     or a launcher without its engine. Raises RuntimeError in the end where groups failed.
     """
+    if config.processes is not None:
+        raise ValueError(
+            "config.processes is for one run; a sweep's groups are trained by --launcher's workers."
+        )
     directory = pathlib.Path(sweep_dir).absolute()
     check_directory(directory, config, sweep)
     parts = worker.make_parts(config, sweep, directory)

@@ -11,6 +11,13 @@ from lorax_ft.training.optimizers import (
     trainable_only,
 )
 from lorax_ft.training.paging import PagedOptimizer, start_optimizer
+from lorax_ft.training.processes import (
+    ProcessesConfig,
+    check_same,
+    check_shared,
+    is_first,
+    together,
+)
 from lorax_ft.training.progress import Progress, TrainConfig
 from lorax_ft.training.sharding import (
     RULES,
@@ -23,6 +30,7 @@ from lorax_ft.training.sharding import (
     shardings,
     shardings_of,
 )
+from lorax_ft.training.shares import Share, gather, share_of
 from lorax_ft.training.step import make_eval_step, make_train_step
 
 __all__ = [
@@ -36,14 +44,20 @@ __all__ = [
     "Objective",
     "OptimizerConfig",
     "PagedOptimizer",
+    "ProcessesConfig",
     "Progress",
     "Rule",
+    "Share",
     "Snapshot",
     "Store",
     "TrainConfig",
     "allocate_budget",
     "build_optimizer",
+    "check_same",
+    "check_shared",
     "fit",
+    "gather",
+    "is_first",
     "make_eval_step",
     "make_mesh",
     "make_train_step",
@@ -53,7 +67,9 @@ __all__ = [
     "shard_batch",
     "shardings",
     "shardings_of",
+    "share_of",
     "start_optimizer",
+    "together",
     "trainable_labels",
     "trainable_only",
 ]

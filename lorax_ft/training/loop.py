@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import jax
 
-from lorax_ft.training import checkpoints, flops, locks, records, sharding, signals
+from lorax_ft.training import checkpoints, flops, locks, processes, records, sharding, signals
 from lorax_ft.training.meter import Meter
 from lorax_ft.training.progress import (
     Progress,
@@ -22,6 +22,7 @@ from lorax_ft.training.progress import (
     score,
     with_evaluation,
 )
+from lorax_ft.training.shares import share_of
 
 PyTree = Any
 Evaluate = Callable[[PyTree, int], Mapping[str, float]]
@@ -77,6 +78,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(_open_directory(directory, identity, config))
         progress, saved = Progress(), 0
+        processes.check_same(run_directory=checkpoints.steps(store), data=batches.get_state())
         if snapshot := checkpoints.restore(store, train, opt_state, set_aside=True):
             train, opt_state, key = snapshot.train, snapshot.opt_state, snapshot.key
             batches.set_state(snapshot.data)
@@ -85,7 +87,11 @@ def fit(
         write = stack.enter_context(_open_records(directory, saved or None, config))
         bar = stack.enter_context(_open_bar(total, progress.step, config))
         stop_asked = stack.enter_context(signals.stop_on_sigterm())
-        meter = Meter(nonfinite=progress.nonfinite, peak_flops=_peak_flops(config, mesh))
+        meter = Meter(
+            nonfinite=progress.nonfinite,
+            peak_flops=_peak_flops(config, mesh),
+            shares=share_of(mesh).count,
+        )
         clock = time.perf_counter() - progress.seconds
 
         while True:

@@ -25,8 +25,9 @@ class Meter:
     Speeds leave out steps that compiled, and whatever happens between a `close` and the next step.
     """
 
-    def __init__(self, *, nonfinite: int = 0, peak_flops: float | None = None):
+    def __init__(self, *, nonfinite: int = 0, peak_flops: float | None = None, shares: int = 1):
         self._tally = Tally(nonfinite=nonfinite)
+        self._shares = shares  # of a batch: this process sees one of them
         self.last_loss: float | None = None  # None until a step has been read
         self._peak_flops = peak_flops  # of all devices together
         self._flops_of: dict[Any, float] = {}  # by the shapes of the batch
@@ -72,7 +73,7 @@ class Meter:
         values = self._tally.close()
         seconds = self._seconds()
         if self._tokens[1] and seconds > 0:
-            real, padded = (self._tokens * jax.process_count() / seconds).tolist()
+            real, padded = (self._tokens * self._shares / seconds).tolist()
             values |= {"tokens_per_second": real, "padded_tokens_per_second": padded}
             if self._peak_flops and self._flops:
                 values["model_flops_utilisation"] = self._flops / seconds / self._peak_flops
@@ -82,7 +83,7 @@ class Meter:
     def tokens_per_second(self) -> float:
         """Real tokens a second since the last `close`, of all processes; 0 if it is too early."""
         seconds = self._seconds()
-        return float(self._tokens[0]) * jax.process_count() / seconds if seconds > 0 else 0.0
+        return float(self._tokens[0]) * self._shares / seconds if seconds > 0 else 0.0
 
     def _count_flops(self, step: Any, arguments: tuple[Any, ...]) -> float:
         # Tracing ahead costs nothing: the call that follows finds the trace.

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lorax_ft import trees
 from lorax_ft.axes import AXES, ROWS, SEQUENCE
 from lorax_ft.leaves import Leaf
+from lorax_ft.training.shares import place_rows, share_of
 
 PyTree = Any
 
@@ -180,17 +181,14 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """A batch on the mesh, its rows split over `data` and `fsdp`, their places over `sequence`.
 
-    Each process gives its own rows; the global batch is all of them. Raises ValueError where rows
-    or places do not divide.
+    Each process gives the rows of its `share_of` the mesh; the global batch is all of them. Raises
+    ValueError where rows or places do not divide.
     """
     lies = {}
     for name, array in batch.items():
         rows, *places = array.shape
-        lies[name] = batch_sharding(name, (rows * jax.process_count(), *places), mesh)
-    return {
-        name: jax.make_array_from_process_local_data(lies[name], np.asarray(array))
-        for name, array in batch.items()
-    }
+        lies[name] = batch_sharding(name, (rows * share_of(mesh).count, *places), mesh)
+    return {name: place_rows(np.asarray(array), lies[name]) for name, array in batch.items()}
 
 
 def batch_sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
@@ -217,6 +215,8 @@ def batch_sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding
 
 def _put(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     """`jax.device_put`, also over several processes that each hold the whole array."""
+    if getattr(array, "sharding", None) == sharding:
+        return array  # read straight to its place
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
