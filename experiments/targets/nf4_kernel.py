@@ -1,4 +1,4 @@
-"""Times products with a four-bit kernel on a GPU: bfloat16, XLA's dequantisation, fused kernels.
+"""Times products with a four-bit kernel on a GPU: bfloat16, XLA's dequantisation, a fused kernel.
 
     python experiments/targets/nf4_kernel.py --output FOLDER
 
@@ -6,6 +6,9 @@ Every way is checked against a float32 product of the same dequantised kernel fi
 within a compiled loop over copies of the kernel that exceed the level-2 cache together, so kernels
 come from memory as they do in a model. Prints a table and writes nf4_kernel.csv to the folder.
 `--tiny` runs everything on small shapes, in Pallas's interpreter where there is no GPU.
+
+The committed file is of a version that timed a kernel for one row alone ("vector") too, and other
+ways to look codes up; "permute" is what was kept.
 """
 
 from __future__ import annotations
@@ -23,58 +26,36 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lorax_ft.quantization import codebooks
-from lorax_ft.quantization import triton as fused
+from lorax_ft.quantization import codebooks, few_rows, triton
 
 BLOCK = 64
 CACHE = 120e6  # bytes that the copies of a kernel exceed together: twice the largest level-2 cache
 SHAPES = ((4096, 4096), (4096, 14336))
 TURNS = 16  # known to the compiler, or the host would be asked after each
 ROWS = (1, 8, 16, 64, 256, 2048)
-Tiling = fused.Tiling
+TILINGS = ((16, 8, 128), (16, 16, 128), (16, 16, 64), (64, 4, 128), (64, 8, 128))
+Tiling = few_rows.Tiling
 
 FIELDS = "device in out rows way microseconds gigabytes_per_second error compile_seconds".split()
 
 
-def ways(rows: int, few: bool) -> dict[str, tuple[Callable | None, Tiling | None]]:
-    """What is timed for so many rows of x: name -> (function of fused, tiling); XLA's have none."""
-    found: dict[str, tuple[Callable | None, Tiling | None]] = {
-        "bf16": (None, None),
-        "xla nf4": (None, None),
-    }
+def ways(rows: int, shape: tuple[int, int]) -> dict[str, Tiling | None]:
+    """What is timed for so many rows of x: name -> tiling of the fused kernel; XLA's have none."""
+    tilings = [
+        Tiling(rows=height, splits=splits, scales_values=height > 16, columns=columns)
+        for height, splits, columns in TILINGS
+        if (height == 16) == (rows <= 16)
+    ]
+    chosen = few_rows.tiling_of(rows, *shape, BLOCK)
+    if chosen is not None and chosen not in tilings:
+        tilings.insert(0, chosen)
+    return {"bf16": None, "xla nf4": None} | {name_of(tiling): tiling for tiling in tilings}
 
-    def add(function: Callable, **fields: Any) -> None:
-        tiling = Tiling(**fields)
-        kind = "vector" if function is fused.vector_product else "product"
-        if few and tiling.lookup != "permute":
-            return
-        name = f"{kind} r{tiling.rows} c{tiling.columns} s{tiling.splits} w{tiling.warps}"
-        found[f"{name} {tiling.lookup} {tiling.scaled}"] = (function, tiling)
 
-    vector, matrix = fused.vector_product, fused.product
-    if rows == 1:
-        for lookup in ("load", "select", "pair", "permute"):
-            add(vector, splits=8, lookup=lookup)
-        add(vector, splits=16, lookup="permute")
-        add(vector, splits=16, lookup="permute", columns=64)
-    if rows in (1, 16):
-        for lookup in ("load", "select", "permute"):
-            add(matrix, splits=8, lookup=lookup, scaled="after" if lookup == "permute" else "before")
-        add(matrix, splits=4, lookup="permute", scaled="after")
-        add(matrix, splits=16, lookup="permute", scaled="after")
-        add(matrix, splits=8, lookup="permute", scaled="after", columns=64)
-        add(matrix, splits=8, lookup="permute", scaled="after", columns=256)
-    if rows == 8:
-        add(matrix, splits=8, lookup="permute", scaled="after")
-    if rows == 64:
-        add(matrix, rows=64, splits=4, lookup="permute", scaled="after")
-        add(matrix, rows=64, splits=8, lookup="permute", scaled="before")
-    if rows == 256:
-        add(matrix, rows=64, splits=2, lookup="permute", scaled="before")
-        add(matrix, rows=128, splits=1, lookup="permute", scaled="before", warps=8)
-    if rows == 2048:
-        add(matrix, rows=128, splits=1, lookup="permute", scaled="before", warps=8)
-    return found
+def name_of(tiling: Tiling) -> str:
+    scaled = "before" if tiling.scales_values else "after"
+    sizes = f"r{tiling.rows} c{tiling.columns} s{tiling.splits} w{tiling.warps}"
+    return f"product {sizes} permute {scaled}"
 
 
 def xla_matrix(packed: Any, absmax: Any) -> Any:
@@ -85,14 +66,14 @@ def xla_matrix(packed: Any, absmax: Any) -> Any:
     return values.astype(jnp.bfloat16).reshape(-1, packed.shape[-1])
 
 
-def multiply(way: str, function: Callable | None, tiling: Tiling | None) -> Callable:
+def multiply(way: str, tiling: Tiling | None) -> Callable:
     """The function of (x, arrays of the kernel) that a row of the table names."""
     if way == "bf16":
         return lambda x, kernel: x @ kernel[0]
-    if way == "xla nf4" or function is None or tiling is None:
+    if tiling is None:
         return lambda x, kernel: x @ xla_matrix(*kernel)
     interpret = jax.default_backend() != "gpu"
-    return lambda x, kernel: function(
+    return lambda x, kernel: triton.product(
         x, *kernel, codebooks.NF4, block_size=BLOCK, tiling=tiling, interpret=interpret
     )
 
@@ -151,14 +132,14 @@ def main() -> None:
         for rows in options.rows or sorted(ROWS, key=(1, 16, 64, 2048, 256, 8).index):
             x = jax.random.normal(jax.random.key(rows), (rows, shape[0]), jnp.bfloat16)
             expected = None
-            for way, (function, tiling) in ways(rows, shape != shapes[0]).items():
+            for way, tiling in ways(rows, shape).items():
                 if time.perf_counter() - began > options.limit:
                     print("# out of time before", shape, rows, way, flush=True)
                     break
                 entry = {"device": device, "in": shape[0], "out": shape[1], "rows": rows}
                 entry["way"] = way
                 try:
-                    call = multiply(way, function, tiling)
+                    call = multiply(way, tiling)
                     kernels = makes["bf16" if way == "bf16" else "nf4"]
                     if expected is None:
                         expected = reference(x, makes["nf4"][0])
