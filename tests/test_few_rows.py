@@ -9,10 +9,12 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lorax_ft import planning
+from lorax_ft import models, planning
+from lorax_ft.generation import GenerationConfig, generate
 from lorax_ft.methods import LoRA
+from lorax_ft.models import LlamaConfig
 from lorax_ft.planning import targets
-from lorax_ft.quantization import QuantizationConfig, few_rows, quantize_array, triton
+from lorax_ft.quantization import QuantizationConfig, few_rows, quantize, quantize_array, triton
 
 IN, OUT = 512, 128
 needs_gpu_compiler = pytest.mark.skipif(
@@ -166,7 +168,38 @@ def test_an_adapted_kernel_is_fused_and_its_gradients_are_xlas(marked):
     )
 
 
+def test_texts_are_written_by_fused_products(marked):
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=40,
+    )
+    model = models.build(config, task="causal_lm", dtype="bfloat16", param_dtype="bfloat16")
+    targets = ".*(attention|mlp)/.*/kernel"
+    params = quantize(model.init(jax.random.key(0)), QuantizationConfig(targets=targets))
+    inputs = {"input_ids": np.ones((2, 3), np.int32)}
+
+    def write(params, inputs):
+        return generate(model, params, inputs, GenerationConfig(max_new_tokens=4))
+
+    # seven products of a layer, in the pass that reads the prompt and in the one of each token
+    assert str(jax.make_jaxpr(write)(params, inputs)).count("= four_bit_product") == 14
+    assert is_fused(write, params, inputs)
+
+
+@pytest.fixture
+def no_cache():
+    """Without the compilation cache: what is compiled for no device is not read back."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
 @needs_gpu_compiler
+@pytest.mark.usefixtures("no_cache")
 @pytest.mark.parametrize("rows", [1, 64])
 @pytest.mark.parametrize("block_size", few_rows.BLOCK_SIZES)
 def test_the_gpu_compiler_takes_the_kernel(rows, block_size, monkeypatch):
@@ -182,5 +215,4 @@ def test_the_gpu_compiler_takes_the_kernel(rows, block_size, monkeypatch):
     lowered = jax.jit(linear).trace(kernel, x).lower()
 
     assert "triton" in lowered.as_text()
-    with jax.enable_compilation_cache(False):  # no device, no reading back
-        assert lowered.compile().memory_analysis() is not None
+    assert lowered.compile().memory_analysis() is not None
