@@ -11,9 +11,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lorax_ft.leaves import Array, leaf, static_field
-from lorax_ft.quantization import codebooks
+from lorax_ft.quantization import codebooks, few_rows
 from lorax_ft.quantization.encoding import NESTED_BLOCK, is_blocked
-from lorax_ft.quantization.quantized import Quantized
+from lorax_ft.quantization.quantized import Dot, Quantized
 
 
 @leaf
@@ -56,7 +56,7 @@ class FourBit(Quantized):
         return tuple(self.packed.shape[: -2 if self.blocked else -1])
 
     def _dequantized(self) -> Array:
-        absmax = self._absmax()
+        absmax = self.float_absmax()
         stack = self.stack_shape
         if self.blocked:
             blocks = self.packed.reshape(*stack, absmax.shape[-2], -1, self.out_size)
@@ -68,6 +68,10 @@ class FourBit(Quantized):
         values = self._values(self.packed[..., None], absmax[..., None], axis=-1)
         values = values.reshape(*stack, -1)[..., :size]
         return values.reshape(*stack, self.out_size, self.in_size).swapaxes(-1, -2)
+
+    def times(self, dot: Dot, x: Array) -> Array:
+        fused = few_rows.serves(dot, self, x)
+        return few_rows.product(dot, self, x) if fused else super().times(dot, x)
 
     def _values(self, packed: Array, absmax: Array, axis: int) -> Array:
         """Dequantises bytes `[..., block_size / 2, ...]` into `block_size` values along `axis`."""
@@ -82,10 +86,10 @@ class FourBit(Quantized):
         block, row = ids // self.block_size, ids % self.block_size
         packed = jnp.asarray(self.packed)[block * half + row % half]
         codes = jnp.where((row < half)[..., None], packed >> 4, packed & 15)
-        return (_look_up(self.table, codes) * self._absmax()[block]).astype(self.dtype)
+        return (_look_up(self.table, codes) * self.float_absmax()[block]).astype(self.dtype)
 
-    def _absmax(self) -> Array:
-        """float32 absmax, in the layout of its codes where it is quantised itself."""
+    def float_absmax(self) -> Array:
+        """absmax in float32, in the layout of its codes where it is quantised itself."""
         if self.nested_absmax is None or self.offset is None:
             return jnp.asarray(self.absmax)
         depth = len(self.stack_shape)

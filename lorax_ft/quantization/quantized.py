@@ -77,13 +77,17 @@ class Quantized(Leaf):
     def astype(self, dtype: Any) -> Self:
         return self.replace(shown_dtype=jnp.dtype(dtype))
 
+    def times(self, dot: Dot, x: Array) -> Array:
+        """`dot(x, matrix)` where nobody asks for gradients: decoding, predictions."""
+        return dot(x, self.matrix())
+
     def linear(self, x: Array, *, precision=None, preferred_element_type=None) -> Array:
-        return self._multiply(_Dot(False, precision, preferred_element_type, x.dtype), x)
+        return self._multiply(Dot(False, precision, preferred_element_type, x.dtype), x)
 
     def linear_transposed(self, x: Array, *, precision=None, preferred_element_type=None) -> Array:
-        return self._multiply(_Dot(True, precision, preferred_element_type, x.dtype), x)
+        return self._multiply(Dot(True, precision, preferred_element_type, x.dtype), x)
 
-    def _multiply(self, dot: _Dot, x: Array) -> Array:
+    def _multiply(self, dot: Dot, x: Array) -> Array:
         if self.stack_shape:
             raise ValueError(
                 f"A stack {list(self.stack_shape)} of kernels has no single product. Slice it, or "
@@ -124,7 +128,7 @@ class Quantized(Leaf):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Dot:
+class Dot:
     """The static part of a product: `x @ matrix`, or `x @ matrix.T`."""
 
     transposed: bool
@@ -144,17 +148,17 @@ class _Dot:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(dot: _Dot, kernel: Quantized, x: Array) -> Array:
-    return dot(x, kernel.matrix())
+def _product(dot: Dot, kernel: Quantized, x: Array) -> Array:
+    return kernel.times(dot, x)
 
 
-def _forward(dot: _Dot, kernel: Any, x: Any) -> tuple[Array, tuple[Quantized, Array | None]]:
+def _forward(dot: Dot, kernel: Any, x: Any) -> tuple[Array, tuple[Quantized, Array | None]]:
     differentiated = any(field.perturbed for field in jax.tree.leaves(kernel))
     kernel = jax.tree.map(lambda field: field.value, kernel)
-    return _product(dot, kernel, x.value), (kernel, x.value if differentiated else None)
+    return dot(x.value, kernel.matrix()), (kernel, x.value if differentiated else None)
 
 
-def _backward(dot: _Dot, residuals: tuple[Quantized, Array | None], grad: Any) -> tuple[Any, Any]:
+def _backward(dot: Dot, residuals: tuple[Quantized, Array | None], grad: Any) -> tuple[Any, Any]:
     """The cotangents of the kernel, None for its integers and where nobody asks, and of x."""
     kernel, x = residuals
     if isinstance(grad, SymbolicZero):

@@ -1,0 +1,218 @@
+"""Products of few rows with a four-bit kernel: what is computed, and where it is fused."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lorax_ft import models, planning
+from lorax_ft.generation import GenerationConfig, generate
+from lorax_ft.methods import LoRA
+from lorax_ft.models import LlamaConfig
+from lorax_ft.planning import targets
+from lorax_ft.quantization import QuantizationConfig, few_rows, quantize, quantize_array, triton
+
+IN, OUT = 512, 128
+needs_gpu_compiler = pytest.mark.skipif(
+    not any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))),
+    reason="jax's CUDA plugin, the GPU compiler, is not installed",
+)
+
+
+def kernel_of(*stack, in_size=IN, out_size=OUT, kind="nf4", **options):
+    matrix = np.random.default_rng(0).normal(size=(*stack, in_size, out_size)) / in_size**0.5
+    config = QuantizationConfig(kind=kind, **options)
+    return quantize_array(matrix.astype(np.float32), config).astype(jnp.bfloat16)
+
+
+def inputs_of(*shape):
+    return jax.random.normal(jax.random.key(1), shape, jnp.bfloat16)
+
+
+def linear(kernel, x):
+    return kernel.linear(x)
+
+
+def root_mean_square(values):
+    return float(np.sqrt(np.square(np.asarray(values, np.float32)).mean()))
+
+
+# --- The kernel -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 20, 64])
+def test_the_fused_kernel_computes_the_dequantised_product(rows):
+    kernel, x = kernel_of(double_quantization=rows != 5), inputs_of(rows, IN)
+    tiling = few_rows.tiling_of(rows, IN, OUT, kernel.block_size)
+    assert tiling is not None
+    assert tiling.splits == 8
+
+    found = triton.product(
+        x,
+        kernel.packed,
+        kernel.float_absmax(),
+        kernel.table,
+        block_size=kernel.block_size,
+        tiling=tiling,
+        interpret=True,
+    )
+
+    expected = kernel.linear(x)
+    assert found.dtype == expected.dtype
+    difference = np.asarray(found, np.float32) - np.asarray(expected, np.float32)
+    # the table's values are rounded to bfloat16, relatively by 2**-9 at most, and so are the sums
+    assert root_mean_square(difference) < 2**-8 * root_mean_square(expected)
+
+
+@pytest.mark.parametrize(("rows", "in_size", "out_size", "block_size", "splits"), [
+    (1, 4096, 4096, 64, 16),
+    (16, 4096, 14336, 64, 16),
+    (17, 4096, 4096, 64, 8),
+    (64, 4096, 1024, 128, 8),
+    (1, 2816, 1024, 64, 11),  # of 44 blocks
+    (1, 64 * 53, 128, 64, None),  # 53 blocks
+    (1, 172, 128, 64, None),  # blocks that do not lie within columns
+    (1, 4096, 4000, 64, None),
+    (1, 4096, 4096, 32, None),
+    (65, 4096, 4096, 64, None),
+    (0, 4096, 4096, 64, None),
+])  # fmt: skip
+def test_splits_divide_the_blocks_or_the_shape_is_left_to_xla(
+    rows, in_size, out_size, block_size, splits
+):
+    tiling = few_rows.tiling_of(rows, in_size, out_size, block_size)
+    assert (None if tiling is None else tiling.splits) == splits
+
+
+# --- Where it runs --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def marked(monkeypatch):
+    """A cube root in the kernel's place: a program's text says whether it is there."""
+
+    def cube_root(x, *fields, dot, structure):
+        return jnp.cbrt(few_rows._plain(x, *fields, dot=dot, structure=structure))
+
+    monkeypatch.setattr(few_rows, "_fused", cube_root)
+    monkeypatch.setattr(few_rows, "_has_triton", lambda: True)
+
+
+def is_fused(function, *operands, platforms=("cuda",)):
+    text = jax.jit(function).trace(*operands).lower(lowering_platforms=platforms).as_text()
+    return "cbrt" in text
+
+
+def test_a_program_for_one_gpu_is_fused_and_no_other(marked):
+    kernel, x = kernel_of(), inputs_of(2, 4, IN)
+    assert is_fused(linear, kernel, x)
+    for others in (("cpu",), ("tpu",), ("cpu", "cuda")):
+        assert not is_fused(linear, kernel, x, platforms=others)
+
+    mesh = Mesh(np.array(jax.devices()[:2]), ("tensor",))
+    whole = NamedSharding(mesh, PartitionSpec())
+    assert not is_fused(linear, jax.device_put(kernel, whole), jax.device_put(x, whole))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        assert not is_fused(linear, kernel, x)
+
+
+def test_only_plain_products_of_few_rows_in_bfloat16_are_fused(marked):
+    kernel, x = kernel_of(), inputs_of(4, IN)
+    assert is_fused(linear, kernel_of(kind="fp4"), x)
+    assert is_fused(lambda kernel, x: lax.map(lambda x: kernel.linear(x), x), kernel, x)
+    assert not is_fused(linear, kernel, inputs_of(65, IN))
+    assert not is_fused(linear, kernel.astype(jnp.float32), x.astype(jnp.float32))
+    assert not is_fused(lambda kernel, x: kernel.linear_transposed(x), kernel, inputs_of(4, OUT))
+    wide = lambda kernel, x: kernel.linear(x, preferred_element_type=jnp.float32)
+    assert not is_fused(wide, kernel, x)
+    assert not is_fused(linear, kernel_of(in_size=IN + 12), inputs_of(4, IN + 12))
+    assert not is_fused(linear, kernel_of(kind="int8"), x)
+
+
+def test_many_inputs_of_one_kernel_are_fused_and_many_kernels_are_not(marked):
+    kernel, stack, x = kernel_of(), kernel_of(3), inputs_of(3, 4, IN)
+    of_inputs = jax.vmap(linear, in_axes=(None, 0))
+    assert is_fused(of_inputs, kernel, x)
+    assert not is_fused(of_inputs, kernel, inputs_of(3, 30, IN))
+    assert not is_fused(jax.vmap(linear), stack, x)
+    assert is_fused(lambda stack, x: lax.map(lambda both: linear(*both), (stack, x)), stack, x)
+
+    expected = jnp.stack([linear(kernel, x) for x in x])
+    np.testing.assert_array_equal(of_inputs(kernel, x), expected)
+    one_by_one = lax.map(lambda both: linear(*both), (stack, x))
+    np.testing.assert_array_equal(jax.vmap(linear)(stack, x), one_by_one)
+
+
+def test_an_adapted_kernel_is_fused_and_its_gradients_are_xlas(marked):
+    kernel, x = kernel_of(), inputs_of(4, IN)
+    factors = [jnp.ones((2, size), jnp.float32) for size in (IN, OUT)]
+    adapted = LoRA(base=kernel, a=factors[0], b=factors[1], scale=jnp.float32(2), rank=jnp.int32(2))
+    assert is_fused(linear, adapted, x)
+
+    def loss(x, kernel):
+        return jnp.square(kernel.linear(x).astype(jnp.float32)).sum()
+
+    assert not is_fused(jax.grad(loss), x, kernel)
+    dense = kernel.matrix()
+    expected = jax.grad(lambda x: jnp.square((x @ dense).astype(jnp.float32)).sum())(x)
+    # both round the gradient of the product to bfloat16 and sum 128 of its multiples
+    np.testing.assert_allclose(
+        np.asarray(jax.grad(loss)(x, kernel), np.float32),
+        np.asarray(expected, np.float32),
+        rtol=2**-7,
+        atol=2**-7 * root_mean_square(expected),
+    )
+
+
+def test_texts_are_written_by_fused_products(marked):
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=40,
+    )
+    model = models.build(config, task="causal_lm", dtype="bfloat16", param_dtype="bfloat16")
+    targets = ".*(attention|mlp)/.*/kernel"
+    params = quantize(model.init(jax.random.key(0)), QuantizationConfig(targets=targets))
+    inputs = {"input_ids": np.ones((2, 3), np.int32)}
+
+    def write(params, inputs):
+        return generate(model, params, inputs, GenerationConfig(max_new_tokens=4))
+
+    # seven products of a layer, in the pass that reads the prompt and in the one of each token
+    assert str(jax.make_jaxpr(write)(params, inputs)).count("= four_bit_product") == 14
+    assert is_fused(write, params, inputs)
+
+
+@pytest.fixture
+def no_cache():
+    """Without the compilation cache: what is compiled for no device is not read back."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+@needs_gpu_compiler
+@pytest.mark.usefixtures("no_cache")
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("block_size", few_rows.BLOCK_SIZES)
+def test_the_gpu_compiler_takes_the_kernel(rows, block_size, monkeypatch):
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    (device,) = targets.compiler(planning.parse_target("h100")).devices
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    kernel = kernel_of(block_size=block_size)
+    kernel, x = jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
+        (kernel, inputs_of(rows, IN)),
+    )
+
+    lowered = jax.jit(linear).trace(kernel, x).lower()
+
+    assert "triton" in lowered.as_text()
+    assert lowered.compile().memory_analysis() is not None
