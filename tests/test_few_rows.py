@@ -14,7 +14,14 @@ from lorax_ft.generation import GenerationConfig, generate
 from lorax_ft.methods import LoRA
 from lorax_ft.models import LlamaConfig
 from lorax_ft.planning import targets
-from lorax_ft.quantization import QuantizationConfig, few_rows, quantize, quantize_array, triton
+from lorax_ft.quantization import (
+    QuantizationConfig,
+    few_rows,
+    quantize,
+    quantize_array,
+    tilings,
+    triton,
+)
 
 IN, OUT = 512, 128
 needs_gpu_compiler = pytest.mark.skipif(
@@ -47,7 +54,7 @@ def root_mean_square(values):
 @pytest.mark.parametrize("rows", [1, 5, 16, 20, 64])
 def test_the_fused_kernel_computes_the_dequantised_product(rows):
     kernel, x = kernel_of(double_quantization=rows != 5), inputs_of(rows, IN)
-    tiling = few_rows.tiling_of(rows, IN, OUT, kernel.block_size)
+    tiling = tilings.tiling_of(rows, IN, OUT, kernel.block_size)
     assert tiling is not None
     assert tiling.splits == 8
 
@@ -84,7 +91,7 @@ def test_the_fused_kernel_computes_the_dequantised_product(rows):
 def test_splits_divide_the_blocks_or_the_shape_is_left_to_xla(
     rows, in_size, out_size, block_size, splits
 ):
-    tiling = few_rows.tiling_of(rows, in_size, out_size, block_size)
+    tiling = tilings.tiling_of(rows, in_size, out_size, block_size)
     assert (None if tiling is None else tiling.splits) == splits
 
 
@@ -201,7 +208,7 @@ def no_cache():
 @needs_gpu_compiler
 @pytest.mark.usefixtures("no_cache")
 @pytest.mark.parametrize("rows", [1, 64])
-@pytest.mark.parametrize("block_size", few_rows.BLOCK_SIZES)
+@pytest.mark.parametrize("block_size", tilings.BLOCK_SIZES)
 def test_the_gpu_compiler_takes_the_kernel(rows, block_size, monkeypatch):
     monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     (device,) = targets.compiler(planning.parse_target("h100")).devices

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lorax_ft.quantization import codebooks, few_rows, triton
+from lorax_ft.quantization import codebooks, tilings, triton
 
 BLOCK = 64
 CACHE = 120e6  # bytes that the copies of a kernel exceed together: twice the largest level-2 cache
@@ -34,22 +34,22 @@ SHAPES = ((4096, 4096), (4096, 14336))
 TURNS = 16  # known to the compiler, or the host would be asked after each
 ROWS = (1, 8, 16, 64, 256, 2048)
 TILINGS = ((16, 8, 128), (16, 16, 128), (16, 16, 64), (64, 4, 128), (64, 8, 128))
-Tiling = few_rows.Tiling
+Tiling = tilings.Tiling
 
 FIELDS = "device in out rows way microseconds gigabytes_per_second error compile_seconds".split()
 
 
 def ways(rows: int, shape: tuple[int, int]) -> dict[str, Tiling | None]:
     """What is timed for so many rows of x: name -> tiling of the fused kernel; XLA's have none."""
-    tilings = [
+    found = [
         Tiling(rows=height, splits=splits, scales_values=height > 16, columns=columns)
         for height, splits, columns in TILINGS
         if (height == 16) == (rows <= 16)
     ]
-    chosen = few_rows.tiling_of(rows, *shape, BLOCK)
-    if chosen is not None and chosen not in tilings:
-        tilings.insert(0, chosen)
-    return {"bf16": None, "xla nf4": None} | {name_of(tiling): tiling for tiling in tilings}
+    chosen = tilings.tiling_of(rows, *shape, BLOCK)
+    if chosen is not None and chosen not in found:
+        found.insert(0, chosen)
+    return {"bf16": None, "xla nf4": None} | {name_of(tiling): tiling for tiling in found}
 
 
 def name_of(tiling: Tiling) -> str:

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from lorax_ft.quantization.few_rows import Tiling
+from lorax_ft.quantization.tilings import Tiling
 
 Array = jax.Array
 
