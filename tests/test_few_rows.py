@@ -51,12 +51,18 @@ def root_mean_square(values):
 # --- The kernel -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [1, 5, 16, 20, 64])
-def test_the_fused_kernel_computes_the_dequantised_product(rows):
-    kernel, x = kernel_of(double_quantization=rows != 5), inputs_of(rows, IN)
-    tiling = tilings.tiling_of(rows, IN, OUT, kernel.block_size)
+@pytest.mark.parametrize(
+    ("rows", "kind", "block_size"),
+    [(1, "nf4", 64), (5, "fp4", 64), (16, "nf4", 128), (20, "nf4", 64), (64, "fp4", 128)],
+)
+def test_the_fused_kernel_computes_the_dequantised_product(rows, kind, block_size):
+    in_size, out_size = 48 * block_size, 256  # several blocks a split, several columns of programs
+    options = {"kind": kind, "block_size": block_size, "double_quantization": rows != 5}
+    kernel = kernel_of(in_size=in_size, out_size=out_size, **options)
+    x = inputs_of(rows, in_size)
+    tiling = tilings.tiling_of(rows, in_size, out_size, block_size)
     assert tiling is not None
-    assert tiling.splits == 8
+    assert tiling.splits == (16 if rows <= 16 else 8)
 
     found = triton.product(
         x,

@@ -165,8 +165,9 @@ def gathered(params: PyTree, mesh: Mesh, rules: Sequence[Rule] = RULES) -> PyTre
     """Params whose leaves say how their kernels lie within products: split over `tensor` alone.
 
     The devices of other axes have other rows of the batch and need whole kernels. Those in few bits
-    are gathered as they are stored, layer by layer; nothing else changes. Call it on params that
-    `shard` has placed, inside the function that is compiled.
+    are gathered as they are stored, layer by layer; nothing else changes. Of layers that are not
+    scanned nor computed again XLA keeps the gathered bytes until the backward pass. Call it on
+    params that `shard` has placed, inside the function that is compiled.
     """
 
     def place(path: str, parameter: Any) -> Any:
