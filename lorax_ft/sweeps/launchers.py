@@ -32,9 +32,7 @@ from lorax_ft.sweeps.directory import JOBS
 from lorax_ft.sweeps.worker import Task
 
 POLL = 0.2  # seconds between looks at workers
-ALL = (
-    0.9  # of an accelerator's memory: the rest is of what programs and libraries take beside arrays
-)
+ALL = 0.9  # of an accelerator's memory, for all workers: programs and libraries take some too
 STOPPED = 75  # exit code of a worker that SIGTERM stopped, after it had saved
 WORKER = (
     "import pickle, sys; task, name = pickle.load(sys.stdin.buffer); "

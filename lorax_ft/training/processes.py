@@ -57,9 +57,7 @@ class ProcessesConfig:
     coordinator: str | None = None  # host:port that process 0 listens on
     count: int | None = None
     index: int | None = None  # of this process, from 0: all that differs between them
-    cluster: Cluster | None = (
-        None  # that jax asks for what is not given; "auto": whichever it finds
-    )
+    cluster: Cluster | None = None  # whom jax asks for what is not given; "auto": whom it finds
     start_timeout: int = 300  # seconds in which all must have come
     lost_timeout: int = 100  # seconds without a sign of life after which a process is lost
 
