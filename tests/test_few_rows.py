@@ -17,10 +17,10 @@ from lorax_ft.planning import targets
 from lorax_ft.quantization import (
     QuantizationConfig,
     few_rows,
+    gpu_product,
     quantize,
     quantize_array,
     tilings,
-    triton,
 )
 
 IN, OUT = 512, 128
@@ -64,7 +64,7 @@ def test_the_fused_kernel_computes_the_dequantised_product(rows, kind, block_siz
     assert tiling is not None
     assert tiling.splits == (16 if rows <= 16 else 8)
 
-    found = triton.product(
+    found = gpu_product.product(
         x,
         kernel.packed,
         kernel.float_absmax(),

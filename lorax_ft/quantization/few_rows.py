@@ -2,7 +2,7 @@
 
 What a program is compiled for is known when it is lowered, also for devices that are not there. So
 the product is a primitive of its own until then: for one CUDA device it becomes the kernel of
-`lorax_ft.quantization.triton`, anywhere else the product with the dequantised matrix.
+`lorax_ft.quantization.gpu_product`, anywhere else the product with the dequantised matrix.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def _plain(x: Array, *fields: Array, dot: Any, structure: Any) -> Array:
 
 
 def _fused(x: Array, *fields: Array, dot: Any, structure: Any) -> Array:
-    from lorax_ft.quantization import triton  # only here: Pallas takes a while to import
+    from lorax_ft.quantization import gpu_product  # only here: Pallas takes a while to import
 
     del dot
     kernel = jax.tree.unflatten(structure, fields)
     tiling = tiling_of(x.shape[0], *_sizes(kernel))
     assert tiling is not None  # or `serves` had said no
     absmax = kernel.float_absmax()
-    return triton.product(
+    return gpu_product.product(
         x, kernel.packed, absmax, kernel.table, block_size=kernel.block_size, tiling=tiling
     )
 

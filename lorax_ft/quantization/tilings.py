@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-# By experiments/targets/nf4_kernel.csv (H200, 4096 x 4096), from which the tilings are too: with 64
-# rows the fused kernel takes half of XLA's time, with 2,048 three times as much.
+# By experiments/accelerator/nf4_kernel.csv (H200, 4096 x 4096), from which the tilings are too: of
+# 64 rows the fused kernel takes half of XLA's time, of 2,048 three times as much.
 MOST_ROWS = 64
 FEWEST_SPLITS = 4  # with fewer, which nobody timed, too few programs run at once
 BLOCK_SIZES = (64, 128)

@@ -1,6 +1,6 @@
 """Times products with a four-bit kernel on a GPU: bfloat16, XLA's dequantisation, a fused kernel.
 
-    python experiments/targets/nf4_kernel.py --output FOLDER
+    python experiments/accelerator/nf4_kernel.py --output FOLDER
 
 Every way is checked against a float32 product of the same dequantised kernel first. A call is timed
 within a compiled loop over copies of the kernel that exceed the level-2 cache together, so kernels
@@ -8,7 +8,7 @@ come from memory as they do in a model. Prints a table and writes nf4_kernel.csv
 `--tiny` runs everything on small shapes, in Pallas's interpreter where there is no GPU.
 
 The committed file is of a version that timed a kernel for one row alone ("vector") too, and other
-ways to look codes up; "permute" is what was kept.
+ways to look codes up ("permute" is what was kept), and that spelled XLA's dequantisation itself.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lorax_ft.quantization import codebooks, tilings, triton
+from lorax_ft.quantization import codebooks, gpu_product
+from lorax_ft.quantization.nf4 import NF4
+from lorax_ft.quantization.tilings import Tiling, tiling_of
 
 BLOCK = 64
 CACHE = 120e6  # bytes that the copies of a kernel exceed together: twice the largest level-2 cache
@@ -34,7 +36,6 @@ SHAPES = ((4096, 4096), (4096, 14336))
 TURNS = 16  # known to the compiler, or the host would be asked after each
 ROWS = (1, 8, 16, 64, 256, 2048)
 TILINGS = ((16, 8, 128), (16, 16, 128), (16, 16, 64), (64, 4, 128), (64, 8, 128))
-Tiling = tilings.Tiling
 
 FIELDS = "device in out rows way microseconds gigabytes_per_second error compile_seconds".split()
 
@@ -46,7 +47,7 @@ def ways(rows: int, shape: tuple[int, int]) -> dict[str, Tiling | None]:
         for height, splits, columns in TILINGS
         if (height == 16) == (rows <= 16)
     ]
-    chosen = tilings.tiling_of(rows, *shape, BLOCK)
+    chosen = tiling_of(rows, *shape, BLOCK)
     if chosen is not None and chosen not in found:
         found.insert(0, chosen)
     return {"bf16": None, "xla nf4": None} | {name_of(tiling): tiling for tiling in found}
@@ -59,11 +60,18 @@ def name_of(tiling: Tiling) -> str:
 
 
 def xla_matrix(packed: Any, absmax: Any) -> Any:
-    """The dequantised kernel in bfloat16, as `lorax_ft.quantization.nf4.FourBit` makes it."""
-    blocks = packed.reshape(absmax.shape[0], -1, packed.shape[-1])
-    codes = jnp.concatenate([blocks >> 4, blocks & 15], axis=1)
-    values = jnp.asarray(codebooks.NF4)[codes.astype(jnp.int32)] * absmax[:, None]
-    return values.astype(jnp.bfloat16).reshape(-1, packed.shape[-1])
+    """The kernel as XLA dequantises it, in bfloat16."""
+    kernel = NF4(
+        packed=packed,
+        absmax=absmax,
+        nested_absmax=None,
+        offset=None,
+        block_size=BLOCK,
+        kernel_shape=(2 * packed.shape[0], packed.shape[1]),
+        kernel_in_axes=(-2,),
+        shown_dtype=jnp.dtype(jnp.bfloat16),
+    )
+    return kernel.matrix()
 
 
 def multiply(way: str, tiling: Tiling | None) -> Callable:
@@ -73,7 +81,7 @@ def multiply(way: str, tiling: Tiling | None) -> Callable:
     if tiling is None:
         return lambda x, kernel: x @ xla_matrix(*kernel)
     interpret = jax.default_backend() != "gpu"
-    return lambda x, kernel: triton.product(
+    return lambda x, kernel: gpu_product.product(
         x, *kernel, codebooks.NF4, block_size=BLOCK, tiling=tiling, interpret=interpret
     )
 
