@@ -30,10 +30,9 @@ from typing import Any
 
 from absl import flags
 
-from lorax_ft import huge_pages, options
+from lorax_ft import exit_codes, huge_pages, options
 
 HELP = {"help", "--help", "-h"}
-STOPPED = 75  # exit code of a run that SIGTERM stopped after it had saved (sysexits' EX_TEMPFAIL)
 # What the library raises where its input is at fault. RuntimeError: another run has the directory;
 # FloatingPointError: too many losses were not finite.
 BAD_INPUT = (
@@ -45,7 +44,7 @@ BAD_INPUT = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line (by default the process's own) and returns its exit code.
 
-    0: done; 2: bad input; 75: stopped by SIGTERM and saved, so that the same command goes on.
+    It is 0, or one of `exit_codes`.
     """
     if argv is not None:
         return _main(list(argv), is_process=False)
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         code = 1
-    if code not in (0, STOPPED) and "jax" in sys.modules:
+    if code not in (0, exit_codes.STOPPED) and "jax" in sys.modules:
         from lorax_ft.training import processes
 
         processes.leave(code)
@@ -68,7 +67,7 @@ def _main(argv: list[str], *, is_process: bool) -> int:
         return 0
     if word not in COMMANDS:
         print(f"lorax-ft: there is no command {word!r}.\n{_usage()}", file=sys.stderr)
-        return 2
+        return exit_codes.BAD_INPUT
     command = COMMANDS[word]
     if HELP & set(rest):
         print(f"{command.description}\n{_define_flags(command, argv).get_help()}")
@@ -84,9 +83,9 @@ def _main(argv: list[str], *, is_process: bool) -> int:
             raise
         hint = "(--traceback shows where this comes from)"
         print(f"lorax-ft {word}: {_message(error)}\n{hint}", file=sys.stderr)
-        return 2
+        return exit_codes.BAD_INPUT
     except KeyboardInterrupt:
-        return 130
+        return exit_codes.INTERRUPTED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,7 +117,7 @@ def train(values: Any, arguments: list[str]) -> int:
     if resources:
         raise ValueError(f"resources {resources} need a launcher: give --launcher=ray too.")
     results = experiment.train(_config(values), directory, command=command)
-    return STOPPED if results.get("outcome") == "preempted" else 0
+    return exit_codes.STOPPED if results.get("outcome") == "preempted" else 0
 
 
 def evaluate(values: Any, arguments: list[str]) -> None:

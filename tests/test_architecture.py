@@ -12,6 +12,7 @@ PACKAGE = ROOT / "lorax_ft"
 
 # A file imports only from layers above its own, or from its own.
 LAYERS = (
+    "exit_codes",
     "axes",
     "leaves",
     "trees",

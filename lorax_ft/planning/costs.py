@@ -6,7 +6,6 @@ import collections
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 from lorax_ft.planning.hlo import Array, Computation, Instruction, Program
 
@@ -60,27 +59,9 @@ class Cycles:
 
 
 def collectives(program: Program, devices: int) -> tuple[Collective, ...]:
-    """A step's communication, the most bytes first; scanned layers count as often as they run.
-
-    A TPU sends in parts beside arithmetic, and each part is a fusion that shows the whole: what has
-    one channel is one, as often as the part that runs least.
-    """
-    found: dict[str, dict[str, list[Any]]] = {}  # by channel, by name: (instruction's place, times)
-    for instruction, computation, times in program.executed():
-        inside = (
-            program.computations.get(name, {})
-            for name in instruction.called
-            if instruction.opcode in _FUSIONS
-        )
-        within = [(computation, instruction), *((c, i) for c in inside for i in c.values())]
-        for place, one in within:
-            if one.opcode.removesuffix("-start") in COLLECTIVES:
-                channel = _CHANNEL.search(one.attributes)
-                parts = found.setdefault(channel.group(1) if channel else one.name, {})
-                parts.setdefault(one.name, [place, one, 0])[2] += times
-    sums: dict[tuple[str, str], list[float]] = {}
-    for parts in found.values():
-        place, one, times = min(parts.values(), key=lambda part: part[2])
+    """A step's communication, the most bytes first; scanned layers count as often as they run."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for place, one, times in _communications(program):
         kind = one.opcode.removesuffix("-start")
         operands = [a for name in one.operands if name in place for a in place[name].arrays]
         into, out = (_bytes(arrays, any_space=True) for arrays in (operands, one.arrays))
@@ -88,13 +69,13 @@ def collectives(program: Program, devices: int) -> tuple[Collective, ...]:
             out -= into
         size = max(into, out)
         largest = max((*operands, *one.arrays), key=lambda array: array.bytes)
-        row = sums.setdefault((kind, largest.dtype), [0, 0, 0.0])
+        row = found.setdefault((kind, largest.dtype), [0, 0, 0.0])
         row[0] += times
         row[1] += size * times
         row[2] += size * times * COLLECTIVES[kind](_group_size(one, devices))
     rows = [
         Collective(kind=kind, dtype=dtype, count=int(count), bytes=int(size), sent=sent)
-        for (kind, dtype), (count, size, sent) in sums.items()
+        for (kind, dtype), (count, size, sent) in found.items()
     ]
     return tuple(sorted(rows, key=lambda row: -row.bytes))
 
@@ -133,6 +114,32 @@ def estimates(program: Program) -> Iterator[tuple[Instruction, int, int]]:
     for instruction, _, times in program.executed():
         if found := _ESTIMATE.search(instruction.attributes):
             yield instruction, int(found.group(1)), times
+
+
+def _communications(program: Program) -> Iterator[tuple[Computation, Instruction, int]]:
+    """Each collective with the computation that it stands in, and how often it runs.
+
+    A TPU sends in parts beside arithmetic, and each part is a fusion that shows the whole: what has
+    one channel is one, as often as the part that runs least.
+    """
+    by_channel: dict[str, dict[str, tuple[Computation, Instruction]]] = {}
+    runs: collections.Counter[str] = collections.Counter()
+    for instruction, computation, times in program.executed():
+        inside = (
+            program.computations.get(name, {})
+            for name in instruction.called
+            if instruction.opcode in _FUSIONS
+        )
+        within = [(computation, instruction), *((c, i) for c in inside for i in c.values())]
+        for place, one in within:
+            if one.opcode.removesuffix("-start") in COLLECTIVES:
+                channel = _CHANNEL.search(one.attributes)
+                parts = by_channel.setdefault(channel.group(1) if channel else one.name, {})
+                parts[one.name] = place, one
+                runs[one.name] += times
+    for parts in by_channel.values():
+        name = min(parts, key=lambda name: runs[name])
+        yield (*parts[name], runs[name])
 
 
 def _group_size(instruction: Instruction, devices: int) -> int:

@@ -28,12 +28,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lorax_ft.cluster import RETRIES, Preempted, load_engine, ray_cluster
+from lorax_ft.exit_codes import STOPPED
 from lorax_ft.sweeps.directory import JOBS
 from lorax_ft.sweeps.worker import Task
 
 POLL = 0.2  # seconds between looks at workers
 ALL = 0.9  # of an accelerator's memory, for all workers: programs and libraries take some too
-STOPPED = 75  # exit code of a worker that SIGTERM stopped, after it had saved
 WORKER = (
     "import pickle, sys; task, name = pickle.load(sys.stdin.buffer); "
     f"sys.exit({STOPPED} if task(name) == 'preempted' else 0)"
