@@ -39,13 +39,13 @@ from lorax_ft.models.matching import (
 )
 from lorax_ft.models.model import Model, build
 from lorax_ft.models.streaming import (
+    Reader,
     Transform,
     flatten_shardings,
     place_shapes,
     place_whole,
     plan,
     quantize_chosen,
-    read_parameter,
 )
 from lorax_ft.models.tensor_files import (
     MAX_SHARD_BYTES,
@@ -140,35 +140,29 @@ def load(
         checkpoint = named(model, four_bit_files(tensors) if in_four_bits else tensors)
         model = with_own_head(model, checkpoint)
         paths = new_parameters(model, checkpoint, resized=num_labels is not None)
-        shapes = flatten(model.shapes())
         planned = plan(model, checkpoint, quantization)
         placed: dict[str, Any] = {}
         if shardings is not None:
             tree = with_fields(model.shapes(), planned)
             placed = flatten_shardings(shardings(tree), planned)
-        read = functools.partial(
-            read_parameter,
-            model,
-            checkpoint,
+        reader = Reader(
+            model=model,
+            checkpoint=checkpoint,
             transform=transform,
             quantization=quantization,
+            shardings=placed,
             interleaved_rotary=interleaved_rotary,
         )
-
-        def read_all() -> dict[str, Any]:
-            check_complete(model, checkpoint, paths)
-            own = {path: shape for path, shape in shapes.items() if path not in paths}
-            return {path: read(path, own[path], shardings=placed.get(path)) for path in own}
-
-        if cache is None or quantization is None or in_four_bits:
-            params = read_all()
+        if in_four_bits or quantization is None or cache is None:
+            params = _read_all(reader, paths)
         else:
             files = [directory / "config.json", *tensors.handles]
-            entry = quantized_cache.entry(
-                cache, files, model, quantization, interleaved_rotary, paths
+            params = quantized_cache.restore_or_make(
+                quantized_cache.entry(cache, files, model, quantization, interleaved_rotary, paths),
+                {p: place_shapes(v, placed.get(p)) for p, v in planned.items() if p not in paths},
+                functools.partial(_read_all, reader, paths),
+                fingerprint,
             )
-            like = {p: place_shapes(v, placed.get(p)) for p, v in planned.items() if p not in paths}
-            params = quantized_cache.restore_or_make(entry, like, read_all, fingerprint)
         if paths:
             logger.warning("New, for the task %s: %s.", model.task, ", ".join(paths))
         new = quantize_chosen(_start(model, paths, key, directory), quantization)
@@ -176,6 +170,13 @@ def load(
             value = value if transform is None else transform(path, value)
             params[path] = place_whole(value, placed.get(path))
         return model, with_fields(model.shapes(), params)
+
+
+def _read_all(reader: Reader, new: list[str]) -> dict[str, Any]:
+    """The checkpoint's parameters by path, all but the new ones. Raises for what it lacks."""
+    check_complete(reader.model, reader.checkpoint, new)
+    shapes = flatten(reader.model.shapes())
+    return {path: reader.read(path, shapes[path]) for path in shapes if path not in new}
 
 
 def describe(

@@ -7,6 +7,7 @@ process reads the slices of its own devices.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -36,77 +37,82 @@ def quantizes(config: QuantizationConfig | None, path: str) -> bool:
     )
 
 
-def read_parameter(
-    model: Model,
-    checkpoint: Checkpoint,
-    path: str,
-    shape: jax.ShapeDtypeStruct,
-    *,
-    transform: Transform | None = None,
-    quantization: QuantizationConfig | None = None,
-    shardings: Any = None,
-    interleaved_rotary: bool = False,
-) -> Any:
-    """One parameter, in our orientation and dtype; layers stacked.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reader:
+    """How a model's parameters are read from a checkpoint.
 
-    `shardings` is that of the array, or the leaf that it becomes with one for each of its arrays.
+    `transform` is as in `hub.load`, and `shardings` has by path that of an array, or the leaf that
+    it becomes with one for each of its arrays; without any all go to the default device.
     """
-    names = tensor_names(model, path, shape.shape)
-    if len({checkpoint.is_four_bit(name) for name in names.values()}) > 1:
-        raise ValueError(
-            f"{checkpoint.directory}: the layers of {path} are not all kept alike, some of "
-            "them in four bits: they cannot be stacked. Pass scan_layers=False."
-        )
-    stacked = None not in names
-    of_layer = shape if not stacked else jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype)
-    layer_shardings = jax.tree.map(_of_layer, shardings) if stacked else shardings
-    quantized = quantization if quantizes(quantization, path) else None
-    rotated = interleaved_rotary and split_layer(path)[0].startswith(ROTATED)
 
-    def read(name: str, index: Index) -> np.ndarray:
-        turned = is_turned(model.family.tables, path)
-        if rotated:  # its rows are reordered, so that a slice is from all over it
-            array = halved_rows(checkpoint.read(name), model.config.size_of_head)
-            array = (array.T if turned else array)[index]
-        else:
-            array = checkpoint.read(name, index[::-1] if turned else index)
-            array = array.T if turned else array
-        return array.astype(shape.dtype, copy=False)
+    model: Model
+    checkpoint: Checkpoint
+    transform: Transform | None = None
+    quantization: QuantizationConfig | None = None
+    shardings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    interleaved_rotary: bool = False
 
-    def layer(name: str) -> Any:
-        if checkpoint.is_four_bit(name):
-            if rotated:
-                raise ValueError(
-                    f"{checkpoint.where(name)}: a four-bit weight cannot be reordered."
-                )
-            if shardings is None:
-                leaf = jax.tree.map(jnp.asarray, checkpoint.read(name))
-            else:
-                leaf = checkpoint.place_four_bit(name, layer_shardings)
-            return leaf.astype(shape.dtype)
+    def read(self, path: str, shape: jax.ShapeDtypeStruct) -> Any:
+        """One parameter, in our orientation and dtype; layers stacked."""
+        names = tensor_names(self.model, path, shape.shape)
+        if len({self.checkpoint.is_four_bit(name) for name in names.values()}) > 1:
+            raise ValueError(
+                f"{self.checkpoint.directory}: the layers of {path} are not all kept alike, some "
+                "of them in four bits: they cannot be stacked. Pass scan_layers=False."
+            )
+        shardings = self.shardings.get(path)
+        if None in names:
+            return self._layer(path, names[None], shape, shardings)
+        of_layer = jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype)
+        own, stack = jax.tree.map(_of_layer, shardings), None
+        for i, name in enumerate(names.values()):
+            part = self._layer(path, name, of_layer, own)
+            stack = _empty(part, len(names), shardings) if stack is None else stack
+            stack = jax.block_until_ready(_with_layer(stack, part, i))
+        return stack
+
+    def _layer(self, path: str, name: str, shape: jax.ShapeDtypeStruct, shardings: Any) -> Any:
+        """The tensor `name` as an array, or as a leaf in few bits, where it is to lie."""
+        if self.checkpoint.is_four_bit(name):
+            return self._four_bit_layer(path, name, shardings).astype(shape.dtype)
+        get = functools.partial(self._slice, path, name, shape.dtype)
+        quantized = self.quantization if quantizes(self.quantization, path) else None
         if shardings is None:
-            array = read(name, (slice(None),) * len(of_layer.shape))
+            array = get((slice(None),) * len(shape.shape))
             if quantized is not None:
-                leaf = quantize_array(array, quantized, path=path)
-                return jax.tree.map(jnp.asarray, leaf)
+                return jax.tree.map(jnp.asarray, quantize_array(array, quantized, path=path))
             array = jnp.asarray(array)
-            return array if transform is None else transform(path, array)
-        get = functools.partial(read, name)
+            return array if self.transform is None else self.transform(path, array)
         if quantized is None:
-            return place_slices(get, of_layer.shape, layer_shardings)
+            return place_slices(get, shape.shape, shardings)
         try:
-            return quantize_slices(get, of_layer, quantized, layer_shardings)
+            return quantize_slices(get, shape, quantized, shardings)
         except ValueError as error:
             raise ValueError(f"{path} cannot be quantised: {error}.") from None
 
-    if not stacked:
-        return layer(names[None])
-    stack = None
-    for i, name in enumerate(names.values()):
-        part = layer(name)
-        stack = _empty(part, len(names), shardings) if stack is None else stack
-        stack = jax.block_until_ready(_with_layer(stack, part, i))
-    return stack
+    def _four_bit_layer(self, path: str, name: str, shardings: Any) -> Any:
+        """A tensor that the checkpoint has in four bits."""
+        if self._is_rotated(path):
+            raise ValueError(
+                f"{self.checkpoint.where(name)}: a four-bit weight cannot be reordered."
+            )
+        if shardings is None:
+            return jax.tree.map(jnp.asarray, self.checkpoint.read(name))
+        return self.checkpoint.place_four_bit(name, shardings)
+
+    def _slice(self, path: str, name: str, dtype: Any, index: Index) -> np.ndarray:
+        """A slice of a tensor in our orientation, and so of ours."""
+        turned = is_turned(self.model.family.tables, path)
+        if self._is_rotated(path):  # its rows are reordered, so that a slice is from all over it
+            array = halved_rows(self.checkpoint.read(name), self.model.config.size_of_head)
+            array = (array.T if turned else array)[index]
+        else:
+            array = self.checkpoint.read(name, index[::-1] if turned else index)
+            array = array.T if turned else array
+        return array.astype(dtype, copy=False)
+
+    def _is_rotated(self, path: str) -> bool:
+        return self.interleaved_rotary and split_layer(path)[0].startswith(ROTATED)
 
 
 def place_whole(params: PyTree, shardings: Any) -> PyTree:
