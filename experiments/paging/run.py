@@ -12,27 +12,20 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import os
 import pathlib
-import re
 import time
 from typing import Any
-
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lorax_ft import trees
+from lorax_ft import planning, trees
 from lorax_ft.adapted import make_outputs
 from lorax_ft.models import LlamaConfig, build
+from lorax_ft.planning.plan import refusal_of
 from lorax_ft.training import OBJECTIVES, OptimizerConfig, build_optimizer, make_train_step
 from lorax_ft.training.paging import state_shardings
 from lorax_ft.training.sharding import shardings_of
@@ -98,10 +91,8 @@ def measure(optimizer: OptimizerConfig, layers: int, rows: int, device: Any) -> 
     try:
         memory = compile_step(optimizer, layers, rows, device).memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        figures = re.search(
-            r"[\d.]+G[^.]*exceed[^.]*[\d.]+G|Used [\d.]+G of [\d.]+G hbm", str(error)
-        )
-        return {"refused": figures.group(0) if figures else str(error).splitlines()[0][:200]}
+        refusal = refusal_of(error)
+        return {"refused": refusal.words if refusal else str(error).splitlines()[0][:200]}
     found = {
         "device_arguments": memory.argument_size_in_bytes,
         "device_temporaries": memory.temp_size_in_bytes,
@@ -115,12 +106,16 @@ def measure(optimizer: OptimizerConfig, layers: int, rows: int, device: Any) -> 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=_TARGET.value)
+    target = planning.parse_target(f"tpu-{_TARGET.value}")
+    planning.prepare_process(target)
+    if reason := planning.missing(target):
+        raise app.UsageError(reason)
+    device = planning.compiler(target).devices[0]
     found: list[dict[str, Any]] = []
     for rows in map(int, _ROWS.value):
         for name, optimizer in OPTIMIZERS.items():
             row = {"target": _TARGET.value, "rows": rows, "states": name}
-            row |= measure(optimizer, _LAYERS.value, rows, topology.devices[0])
+            row |= measure(optimizer, _LAYERS.value, rows, device)
             found.append(row)
             print(row, flush=True)
     fields = list(dict.fromkeys(key for row in found for key in row))
