@@ -339,10 +339,13 @@ def test_groups_are_what_must_be_compiled_alike(folder):
 
 def test_a_sweep_file_is_a_list_of_changes_or_a_sweep_config(folder, tmp_path):
     path = tmp_path / "ranks.py"
-    path.write_text("def get_sweep(top='4'):\n    return [{'lora.rank': int(top)}]\n")
+    path.write_text("def get_sweep(top=4, scale=1):\n    return [{'lora.rank': top * scale}]\n")
 
     assert sweeps.load_sweep(path).runs == ({"lora.rank": 4},)
     assert sweeps.load_sweep(f"{path}:8").runs == ({"lora.rank": 8},)
+    assert sweeps.load_sweep(f"{path}:8,scale=2").runs == ({"lora.rank": 16},)
+    with pytest.raises(ValueError, match=r"get_sweep\(top=4, scale=1\): got an unexpected .*'tip'"):
+        sweeps.load_sweep(f"{path}:tip=2")
     path.write_text("def get_sweep():\n    return 3\n")
     with pytest.raises(ValueError, match="gave a int; expected a SweepConfig"):
         sweeps.load_sweep(path)

@@ -3,7 +3,7 @@
     lorax-ft sweep --config=configs/trec.py:lora --sweep=configs/sweeps/methods.py:accuracy \
         --config.data.split.validation=0.1
 
-The argument is the metric to choose by, and after commas what is to be otherwise:
+The arguments are the metric to choose by and what is to be otherwise, as in
 `matthews,rates=3,methods=lora+ia3` or `loss,scale=4`, a factor of all rates, since small models
 like larger ones. `loss` is for a language model: of it less is better, it has no head to train
 alone, and biases of linear layers are added where it has none. `methods=classic` are the eight that
@@ -33,23 +33,23 @@ FACTORS = {3: (1 / 3, 1, 3), 5: (1 / 4, 1 / 2, 1, 2, 4)}  # of the middle rate, 
 SEEDS = (0, 1, 2)
 
 
-def get_sweep(argument: str = "accuracy") -> SweepConfig:
-    metric, *options = argument.split(",")
-    given = {"scale": "1", "rates": "5", "methods": "+".join(METHODS)}
-    for option in options:
-        name, _, value = option.partition("=")
-        if name not in given:
-            raise ValueError(f"methods.py: {option!r} is none of {', '.join(given)}.")
-        given[name] = value
-    names = (CLASSIC if given["methods"] == "classic" else given["methods"]).split("+")
-    methods = dict(METHODS)
+def get_sweep(
+    metric: str = "accuracy", rates: int = 5, scale: float = 1, methods: str = "+".join(METHODS)
+) -> SweepConfig:
+    names = (CLASSIC if methods == "classic" else methods).split("+")
+    if rates not in FACTORS or not set(names) <= set(METHODS):
+        raise ValueError(
+            f"methods.py: got rates={rates} and methods={methods}; expected rates of "
+            f"{tuple(FACTORS)} and methods of {', '.join(METHODS)}."
+        )
+    known = dict(METHODS)
     if metric == "loss":
         names = [name for name in names if name != "head"]
-        methods["bitfit"] = (method("bitfit", add_missing=True), 2e-3)
+        known["bitfit"] = (method("bitfit", add_missing=True), 2e-3)
     runs = []
-    for changes, rate in (methods[name] for name in names):
-        rates = [rate * factor * float(given["scale"]) for factor in FACTORS[int(given["rates"])]]
-        runs += product([changes], grid({"optimizer.learning_rate": rates, "seed": SEEDS}))
+    for changes, rate in (known[name] for name in names):
+        values = [rate * factor * scale for factor in FACTORS[rates]]
+        runs += product([changes], grid({"optimizer.learning_rate": values, "seed": SEEDS}))
     return SweepConfig(
         runs=runs, metric=f"validation.{metric}", mode="min" if metric == "loss" else "max"
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import importlib.util
+import inspect
 import json
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lorax_ft.config import ExperimentConfig, flat, key_names, parse, to_dict, unknown_key
@@ -98,10 +101,11 @@ class SweepConfig:
 def load_sweep(path: str | pathlib.Path) -> SweepConfig:
     """What `get_sweep()` of a Python file gives: a `SweepConfig`, or a list of changes.
 
-    An argument for it may stand behind a colon. Raises FileNotFoundError, or ValueError for a file
-    without it or of another result.
+    Arguments for it may stand behind a colon, with or without their names: `ranks.py:loss,seeds=1`
+    is `get_sweep("loss", seeds=1)`. Raises FileNotFoundError, or ValueError for a file without it,
+    for arguments that it does not take and for another result.
     """
-    path, _, argument = str(path).partition(":")
+    path, _, arguments = str(path).partition(":")
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"--sweep={path}: there is no such file.")
     spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
@@ -111,7 +115,7 @@ def load_sweep(path: str | pathlib.Path) -> SweepConfig:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_sweep"):
         raise ValueError(f"--sweep={path}: the file has no get_sweep().")
-    found = module.get_sweep(argument) if argument else module.get_sweep()
+    found = _call(module.get_sweep, arguments, f"--sweep={path}")
     if isinstance(found, list | tuple):
         found = SweepConfig(runs=tuple(found))
     if not isinstance(found, SweepConfig):
@@ -120,6 +124,24 @@ def load_sweep(path: str | pathlib.Path) -> SweepConfig:
             "or a list of changes."
         )
     return found
+
+
+def _call(get_sweep: Callable[..., Any], arguments: str, where: str) -> Any:
+    words, names = [], {}
+    for part in filter(None, arguments.split(",")):
+        name, is_named, value = part.rpartition("=")
+        with contextlib.suppress(ValueError, SyntaxError):  # of a word, which stays one
+            value = ast.literal_eval(value)
+        if is_named:
+            names[name] = value
+        else:
+            words.append(value)
+    signature = inspect.signature(get_sweep)
+    try:
+        signature.bind(*words, **names)
+    except TypeError as error:
+        raise ValueError(f"{where}:{arguments}: get_sweep{signature}: {error}.") from None
+    return get_sweep(*words, **names)
 
 
 def make_runs(config: ExperimentConfig, sweep: SweepConfig) -> tuple[Run, ...]:
