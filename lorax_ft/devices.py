@@ -54,6 +54,10 @@ class Device:
     clock: float | None = None  # Hz, of a TPU's cycles: its peak over its products in a cycle
 
     @property
+    def flops_per_cycle(self) -> float | None:
+        return None if self.clock is None else self.flops / self.clock
+
+    @property
     def usable(self) -> int:
         """The bytes that a program can have."""
         share = GPU_SHARE if self.kind == "gpu" else 1

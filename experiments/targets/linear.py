@@ -100,10 +100,11 @@ def main(argv: list[str]) -> None:
         for target in _TARGETS.value:
             program = compiled(kind, has_adapter, chip(target), _TOKENS.value)
             text = program.as_text()
-            row[f"{target} kilocycles"] = round(total(text) / 1e3)
+            cycles = total(text, target)
+            row[f"{target} kilocycles"] = round(cycles / 1e3)
             temporary = program.memory_analysis().temp_size_in_bytes
             row[f"{target} temporary MiB"] = round(temporary / 2**20)
-            print(target, name, f"{total(text):,}", f"{temporary / 2**20:.0f} MiB", flush=True)
+            print(target, name, f"{cycles:,}", f"{temporary / 2**20:.0f} MiB", flush=True)
             if _OPERATIONS.value:
                 print(listing(text, _OPERATIONS.value), flush=True)
         rows.append(row)

@@ -101,8 +101,8 @@ def measured(remat: str) -> dict[str, Any]:
         pathlib.Path(_TEXT.value).write_text(text)
     if _OPERATIONS.value:
         print(listing(text, _OPERATIONS.value))
-    per_cycle = device.flops / device.clock
-    cycles = total(text) + attends / per_cycle
+    per_cycle = device.flops_per_cycle
+    cycles = total(text, _TARGET.value) + attends / per_cycle
     memory = compiled.memory_analysis()
     return {
         "target": _TARGET.value,

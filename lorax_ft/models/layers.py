@@ -23,11 +23,27 @@ from jax.sharding import PartitionSpec
 from lorax_ft.axes import ROWS, even
 from lorax_ft.leaves import PRODUCT
 from lorax_ft.products import product
+from lorax_ft.quantization import fused
 
 Array = jax.Array
 PyTree = Any
 
 LAYER_INPUT = "layer_input"  # what `layer_input` calls it
+
+
+def _of_products(policy: Callable[..., Any]) -> Callable[..., Any]:
+    """A policy of matrix products, which takes one with a four-bit kernel for what it is."""
+
+    def of_products(primitive: Any, *shapes: Any, **parameters: Any) -> Any:
+        if primitive is fused.product_p:
+            axes = ((1,), (1 if parameters["dot"].transposed else 0,)), ((), ())
+            primitive, parameters = lax.dot_general_p, {"dimension_numbers": axes}
+        return policy(primitive, *shapes, **parameters)
+
+    return of_products
+
+
+_policies = jax.checkpoint_policies
 
 # What the backward pass may keep of a layer instead of computing it again; None keeps everything.
 # With "full" that is the layer's input alone; "offload" keeps it in the host's memory, and
@@ -36,17 +52,17 @@ LAYER_INPUT = "layer_input"  # what `layer_input` calls it
 # such as norms, activations and the weights of attention.
 REMAT_POLICIES: Mapping[str, Callable[..., Any] | None] = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.checkpoint_dots,
-    "dots_without_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+    "full": _policies.nothing_saveable,
+    "dots": _of_products(_policies.checkpoint_dots),
+    "dots_without_batch": _of_products(_policies.checkpoint_dots_with_no_batch_dims),
+    "offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[LAYER_INPUT],
         offload_src="device",
         offload_dst="pinned_host",
     ),
-    "offload_dots": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
-    "products": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "offload_dots": _of_products(_policies.offload_dot_with_no_batch_dims("device", "pinned_host")),
+    "products": _policies.save_only_these_names(PRODUCT),
 }
 
 # How attention is computed: see `attending.KERNELS`; "auto" chooses for the platform.

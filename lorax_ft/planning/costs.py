@@ -16,6 +16,7 @@ _FREE = {
     *("async-start", "async-update", "async-done", "copy-done", "slice-done"),
 }
 _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
+_KERNEL_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _FUSIONS = ("fusion", "fusion-start")  # the second, since JAX 0.11, runs beside others
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _SLICES = ("dynamic-slice", "gather", "slice")
@@ -92,18 +93,23 @@ def traffic(program: Program) -> int:
     )
 
 
-def cycles(program: Program) -> Cycles | None:
-    """The sum of the TPU compiler's estimates; None for a program of another compiler."""
+def cycles(program: Program, flops_per_cycle: float | None = None) -> Cycles | None:
+    """The sum of the TPU compiler's estimates; None for a program of another compiler.
+
+    Kernels written in Pallas carry none. Those that tell their FLOPs count as these take at
+    `flops_per_cycle`, where it is given; the others are named in `without`.
+    """
     by_kind: collections.Counter[str] = collections.Counter()
     for instruction, estimate, times in estimates(program):
-        by_kind[re.sub(r"[.\d]+$", "", instruction.name)] += estimate * times
-    without: collections.Counter[str] = collections.Counter()
-    for instruction, _, times in program.executed():
-        target = re.search(r'custom_call_target="([^"]+)"', instruction.attributes)
-        if target and not _ESTIMATE.search(instruction.attributes):
-            without[target.group(1)] += times
+        by_kind[_kind(instruction)] += estimate * times
     if not by_kind:
         return None
+    without: collections.Counter[str] = collections.Counter()
+    for instruction, flops, times in kernels(program):
+        if flops and flops_per_cycle:
+            by_kind[_kind(instruction)] += round(flops / flops_per_cycle) * times
+        else:
+            without[_target(instruction)] += times
     return Cycles(
         total=sum(by_kind.values()), by_kind=dict(by_kind.most_common()), without=dict(without)
     )
@@ -114,6 +120,23 @@ def estimates(program: Program) -> Iterator[tuple[Instruction, int, int]]:
     for instruction, _, times in program.executed():
         if found := _ESTIMATE.search(instruction.attributes):
             yield instruction, int(found.group(1)), times
+
+
+def kernels(program: Program) -> Iterator[tuple[Instruction, int | None, int]]:
+    """(instruction, FLOPs of one run if it tells them, how often it runs) of all other calls."""
+    for instruction, _, times in program.executed():
+        if _target(instruction) and not _ESTIMATE.search(instruction.attributes):
+            told = _KERNEL_FLOPS.search(instruction.attributes)
+            yield instruction, int(told.group(1)) if told else None, times
+
+
+def _target(instruction: Instruction) -> str:
+    found = re.search(r'custom_call_target="([^"]+)"', instruction.attributes)
+    return found.group(1) if found else ""
+
+
+def _kind(instruction: Instruction) -> str:
+    return re.sub(r"[.\d]+$", "", instruction.name)
 
 
 def _communications(program: Program) -> Iterator[tuple[Computation, Instruction, int]]:

@@ -111,6 +111,7 @@ def make_plan(config: ExperimentConfig, target: Target, compiler: Compiler | Non
     host = max(host_bytes(step.arguments), memory.host if memory else 0) + step.misplaced
     shared = host if target.device is None else 0  # a CPU's memory is its host's
     flops = count_flops(traced.jaxpr) / target.count
+    flops_per_cycle = None if target.device is None else target.device.flops_per_cycle
     program = None if compiled is None else hlo.parse(compiled.as_text())
     moved = None if program is None else costs.traffic(program)
     sent = () if program is None else costs.collectives(program, target.count)
@@ -131,7 +132,7 @@ def make_plan(config: ExperimentConfig, target: Target, compiler: Compiler | Non
         flops=flops,
         traffic=moved,
         collectives=sent,
-        cycles=None if program is None else costs.cycles(program),
+        cycles=None if program is None else costs.cycles(program, flops_per_cycle),
         roofline=_roofline(target, flops, moved, sent),
     )
 

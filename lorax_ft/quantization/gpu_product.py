@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from lorax_ft.quantization.tilings import Tiling
+from lorax_ft.quantization.tilings import GpuTiling
 
 Array = jax.Array
 
@@ -29,7 +29,7 @@ def product(
     table: np.ndarray,
     *,
     block_size: int,
-    tiling: Tiling,
+    tiling: GpuTiling,
     interpret: bool = False,
 ) -> Array:
     """`x [n, in] @ kernel [in, out]` in the dtype of x, summed in float32.
@@ -70,7 +70,7 @@ def _kernel(
     row_count: int,
     half: int,
     blocks: int,
-    tiling: Tiling,
+    tiling: GpuTiling,
 ) -> None:
     """One program: some rows of x by some columns of the kernel, over one split of the inputs."""
     first_row = pl.program_id(0) * tiling.rows

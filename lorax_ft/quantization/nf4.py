@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lorax_ft.leaves import Array, leaf, static_field
-from lorax_ft.quantization import codebooks, few_rows
+from lorax_ft.quantization import codebooks, fused
 from lorax_ft.quantization.encoding import NESTED_BLOCK, is_blocked
 from lorax_ft.quantization.quantized import Dot, Quantized
 
@@ -70,8 +70,8 @@ class FourBit(Quantized):
         return values.reshape(*stack, self.out_size, self.in_size).swapaxes(-1, -2)
 
     def times(self, dot: Dot, x: Array) -> Array:
-        fused = few_rows.serves(dot, self, x)
-        return few_rows.product(dot, self, x) if fused else super().times(dot, x)
+        served = fused.serves(dot, self, x)
+        return fused.product(dot, self, x) if served else super().times(dot, x)
 
     def _values(self, packed: Array, absmax: Array, axis: int) -> Array:
         """Dequantises bytes `[..., block_size / 2, ...]` into `block_size` values along `axis`."""

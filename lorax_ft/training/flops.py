@@ -50,6 +50,8 @@ def _flops(equation: Any) -> float:
         kernel = equation.invars[1].aval
         features = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * equation.outvars[0].aval.size * kernel.size / features
+    if name == "four_bit_product":  # of x [n, in] and fields of a kernel
+        return 2.0 * equation.invars[0].aval.size * equation.outvars[0].aval.shape[1]
     if name == "pallas_call":
         return 0.0
     inner = [_sum(jaxpr) for jaxpr in _inner(equation.params)]
