@@ -287,6 +287,39 @@ def test_a_fused_product_counts_as_the_product_that_it_is():
     assert products("dots") == products("dots_without_batch") == 2
 
 
+@pytest.mark.parametrize("spec", [(None, None), (None, "tensor"), ("tensor", None)], ids=str)
+def test_on_a_mesh_each_device_multiplies_its_own_part(spec, monkeypatch):
+    """On CPUs, where what each device runs is the plain product."""
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
+    place = lambda array, *spec: jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+    kernel, rows = kernel_of(in_size=512, out_size=256), ("data", "fsdp")
+    x, dy = inputs_of(8, 3, 512), inputs_of(8, 3, 256)
+    expected = jax.vjp(kernel.linear, x)
+    kernel = jax.tree.map(place, kernel)  # whole on every device; "fsdp" would split it, too
+    kernel = kernel.gathered_as(NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def traced():  # a function of its own each time, or jax remembers the first trace
+        def both(kernel, x, dy):
+            y, pull = jax.vjp(kernel.linear, x)
+            return y, pull(dy)[0]
+
+        return jax.jit(both).trace(kernel, place(x, rows), place(dy, rows))
+
+    by_xla = str(traced().jaxpr)
+    monkeypatch.setattr(fused, "_runs_kernels", lambda mesh: True)
+    in_parts = str(traced().jaxpr)
+    y, dx = traced().lower().compile()(kernel, place(x, rows), place(dy, rows))
+
+    assert "shard_map" not in by_xla
+    assert in_parts.count("shard_map[") == in_parts.count("= four_bit_product") == 2
+    assert in_parts.count("psum") == (0 if spec == (None, None) else 1)
+    for found, wanted in ((y, expected[0]), (dx, expected[1](dy)[0])):
+        assert found.sharding.spec[0] == rows
+        # sums over devices are rounded to bfloat16 in between
+        difference = np.asarray(found, np.float32) - np.asarray(wanted, np.float32)
+        assert root_mean_square(difference) < 2**-8 * root_mean_square(wanted)
+
+
 def test_texts_are_written_by_fused_products(marked):
     config = LlamaConfig(
         hidden_size=256,

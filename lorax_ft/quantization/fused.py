@@ -1,9 +1,12 @@
-"""Products with a four-bit kernel: fused where a program is compiled for one GPU or one TPU.
+"""Products with a four-bit kernel: fused where a program is compiled for a GPU or for TPUs.
 
 What a program is compiled for is known when it is lowered, also for devices that are not there. So
-the product is a primitive of its own until then: for one CUDA device it becomes the kernel of
-`lorax_ft.quantization.gpu_product`, where rows are few, for one TPU that of `tpu_product`, and
+the product is a primitive of its own until then: for a CUDA device it becomes the kernel of
+`lorax_ft.quantization.gpu_product`, where rows are few, for a TPU that of `tpu_product`, and
 anywhere else the product with the dequantised matrix.
+
+No compiler splits such a kernel over devices. On a mesh of TPUs each device runs its own, on the
+part of the matrix that `within_product` gives it; other meshes are left to XLA.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import Mesh, PartitionSpec
 
+from lorax_ft.axes import ROWS, SEQUENCE
 from lorax_ft.quantization.tilings import gpu_tiling, tpu_tiling
 
 Array = jax.Array
@@ -25,26 +30,82 @@ Array = jax.Array
 OLDEST_GPU = 8  # the first compute capability whose tensor cores know bfloat16
 
 
-def serves(dot: Any, kernel: Any, x: Array) -> bool:
-    """Whether `product` may be fused: what is known of it before it is known what it runs on."""
-    mesh = jax.sharding.get_abstract_mesh()
-    sizes = math.prod(x.shape[:-1]), *_sizes(kernel)
+def product(dot: Any, kernel: Any, x: Array) -> Array | None:
+    """`dot(x, kernel.matrix())` of a `FourBit` leaf, which may be fused; None where it cannot be,
+    as far as that is known before it is known what the program runs on."""
+    rows = x.reshape(-1, x.shape[-1])
+    product = _in_whole if kernel.within_product is None else _in_parts
+    y = product(dot, kernel, rows) if _is_plain(dot, kernel, x) else None
+    return None if y is None else y.reshape(*x.shape[:-1], -1)
+
+
+def _is_plain(dot: Any, kernel: Any, x: Array) -> bool:
+    """Whether it is a product in bfloat16, as those of the kernels are."""
     return (
         kernel.blocked
         and dot.precision is None
         and x.dtype == kernel.dtype == jnp.bfloat16
         and dot.preferred_element_type in (None, jnp.bfloat16)
-        and (mesh.empty or mesh.size == 1)
-        and (tpu_tiling(*sizes) or gpu_tiling(*sizes)) is not None
     )
 
 
-def product(dot: Any, kernel: Any, x: Array) -> Array:
-    """`dot(x, kernel.matrix())` of a `FourBit` leaf, where `serves` says that it may be fused."""
+def _in_whole(dot: Any, kernel: Any, rows: Array) -> Array | None:
+    """On one device, or on each device's part of arrays."""
+    mesh, sizes = jax.sharding.get_abstract_mesh(), (len(rows), *_sizes(kernel))
+    is_one = mesh.empty or mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
+    if not is_one or (tpu_tiling(*sizes) or gpu_tiling(*sizes)) is None:
+        return None
     fields, structure = jax.tree.flatten(kernel)
-    operands = map(jnp.asarray, (x.reshape(-1, x.shape[-1]), *fields))
-    y = product_p.bind(*operands, dot=dot, structure=structure)
-    return y.reshape(*x.shape[:-1], -1)
+    return product_p.bind(rows, *map(jnp.asarray, fields), dot=dot, structure=structure)
+
+
+def _in_parts(dot: Any, kernel: Any, rows: Array) -> Array | None:
+    """On a mesh, whose devices have their own rows, and their own part of the matrix, too, where
+    `within_product` splits it: over its outputs, or over what is summed."""
+    mesh, spec = kernel.within_product.mesh, kernel.within_product.spec
+    along_rows = tuple(name for name in ROWS if name in mesh.shape)
+    count = functools.partial(_count, mesh)
+    _, inputs, outputs = kernel.matrix_specs(spec)
+    parts = count(along_rows), count(inputs), count(outputs)
+    sizes = len(rows), kernel.in_size, kernel.out_size
+    divide = not any(size % part for size, part in zip(sizes, parts))
+    rows_of, in_size, out_size = (size // part for size, part in zip(sizes, parts))
+    tiling = tpu_tiling(rows_of, in_size, out_size, kernel.block_size)
+    if not (_runs_kernels(mesh) and divide and tiling) or count(SEQUENCE) > 1:
+        return None
+    kernel = kernel.gathered()
+    # absmax in float32: what is quantised in turn has blocks that no axis splits
+    part = kernel.replace(
+        absmax=kernel.float_absmax(),
+        nested_absmax=None,
+        offset=None,
+        kernel_shape=(in_size, out_size),
+        kernel_in_axes=(-2,),
+        within_product=None,
+    )
+    summed, made = (outputs, inputs) if dot.transposed else (inputs, outputs)
+
+    def multiply(rows: Array, part: Any) -> Array:
+        y = _in_whole(dot, part, rows)
+        assert y is not None  # for the tiling was found
+        return y if summed is None else jax.lax.psum(y, summed)
+
+    return jax.shard_map(
+        multiply,
+        mesh=mesh,
+        in_specs=(PartitionSpec(along_rows, summed), PartitionSpec(inputs, outputs)),
+        out_specs=PartitionSpec(along_rows, made),
+        check_vma=False,
+    )(rows, part)
+
+
+def _runs_kernels(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "tpu"
+
+
+def _count(mesh: Mesh, names: Any) -> int:
+    names = (names,) if isinstance(names, str) else names or ()
+    return math.prod(mesh.shape.get(name, 1) for name in names)
 
 
 # --- The primitive --------------------------------------------------------------------------------
@@ -110,7 +171,8 @@ def _batched(operands: Any, axes: Any, *, dot: Any, structure: Any) -> tuple[Arr
     x = jnp.moveaxis(x, axes[0], 0)
     rows = x.reshape(-1, x.shape[-1])
     kernel = jax.tree.unflatten(structure, fields)
-    y = product(dot, kernel, rows) if serves(dot, kernel, rows) else plain(rows, *fields)
+    y = _in_whole(dot, kernel, rows)
+    y = plain(rows, *fields) if y is None else y
     return y.reshape(*x.shape[:-1], -1), 0
 
 
@@ -121,18 +183,25 @@ def _differentiated(primals: Any, tangents: Any, *, dot: Any, structure: Any) ->
 
 
 def _lowering(fused: Any, takes: Any) -> Any:
-    """Rule for a platform: `fused` if `takes` says so of the one device that a program is for."""
+    """Rule for a platform: `fused` if `takes` says so of the device that a program is for."""
 
     def lower(context: mlir.LoweringRuleContext, *operands: Any, **parameters: Any) -> Any:
         module = context.module_context
-        is_one = len(module.platforms) == 1 and (
-            getattr(module.axis_context, "num_devices", None) == 1
-        )
-        (device,) = getattr(module.axis_context, "device_assignment", None) or (None,)
-        function = fused if is_one and takes(device) else _plain
+        (device, *_) = getattr(module.axis_context, "device_assignment", None) or (None,)
+        function = fused if _runs_alone(module) and takes(device) else _plain
         return mlir.lower_fun(function, multiple_results=False)(context, *operands, **parameters)
 
     return lower
+
+
+def _runs_alone(module: mlir.ModuleContext) -> bool:
+    """Whether there is one device, or each has its own part of the arrays already."""
+    place: Any = module.axis_context
+    manual = getattr(place, "manual_axes", None)
+    is_own = getattr(place, "num_devices", None) == 1 or (
+        bool(manual) and set(manual) == set(place.mesh.axis_names)
+    )
+    return len(module.platforms) == 1 and is_own
 
 
 def _has_tensor_cores(device: Any) -> bool:

@@ -70,8 +70,8 @@ class FourBit(Quantized):
         return values.reshape(*stack, self.out_size, self.in_size).swapaxes(-1, -2)
 
     def times(self, dot: Dot, x: Array) -> Array:
-        served = fused.serves(dot, self, x)
-        return fused.product(dot, self, x) if served else super().times(dot, x)
+        y = fused.product(dot, self, x)
+        return super().times(dot, x) if y is None else y
 
     def _values(self, packed: Array, absmax: Array, axis: int) -> Array:
         """Dequantises bytes `[..., block_size / 2, ...]` into `block_size` values along `axis`."""

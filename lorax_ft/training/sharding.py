@@ -175,9 +175,7 @@ def gathered(params: PyTree, mesh: Mesh, rules: Sequence[Rule] = RULES) -> PyTre
             return parameter
         spec = _spec(path, parameter.shape, mesh, rules)
         spec = PartitionSpec(*spec[len(parameter.stack_shape) :])
-        stored, wanted = NamedSharding(mesh, spec), NamedSharding(mesh, _only(TENSOR, spec))
-        same = stored.is_equivalent_to(wanted, len(spec))
-        return parameter if same else parameter.gathered_as(wanted)
+        return parameter.gathered_as(NamedSharding(mesh, _only(TENSOR, spec)))
 
     return trees.map_with_path(place, params)
 
