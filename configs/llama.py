@@ -4,10 +4,10 @@
     lorax-ft train --config=configs/llama.py:3-8b-qlora16 \
         --config.model.path=meta-llama/Meta-Llama-3-8B --config.data.source.train=train.jsonl
 
-The argument is SIZE-METHOD. Sizes: 7b, 13b, 33b, 65b, 3-8b, 3-70b, whose config.json are in
-configs/models/. Methods: qlora16 and qlora64 (NF4 with double quantisation, that rank on all linear
-layers), lora (rank 16 on bfloat16), full. QLoRA's recipe: alpha 16, dropout .1, constant rate 2e-4,
-clipped at .3, and 16 rows a step, one at a time: here one row, or with
+The argument is SIZE-METHOD. Sizes: 7b, 13b, 33b, 65b, 3-8b, 3-70b, 3.2-1b, whose config.json are
+in configs/models/. Methods: qlora16 and qlora64 (NF4 with double quantisation, that rank on all
+linear layers), lora (rank 16 on bfloat16), full. QLoRA's recipe: alpha 16, dropout .1, constant
+rate 2e-4, clipped at .3, and 16 rows a step, one at a time: here one row, or with
 --config.data.loader.batch_size=16 --config.train.accumulation=16 as many.
 
 `train.jsonl` has a prompt and a completion in each line. What plans said:
@@ -18,7 +18,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-SIZES = ("7b", "13b", "33b", "65b", "3-8b", "3-70b")
+SIZES = ("7b", "13b", "33b", "65b", "3-8b", "3-70b", "3.2-1b")
 NF4 = {"kind": "nf4"}
 METHODS = {
     "qlora16": {"lora": {"rank": 16, "dropout": 0.1}, "quantization": NF4},

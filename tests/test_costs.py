@@ -1,11 +1,15 @@
 """Costs: what a compiled program moves, sends and takes is read right from its text."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lorax_ft import planning
 from lorax_ft.planning import costs, hlo
 
 LOOP = """
@@ -108,6 +112,16 @@ def test_what_is_sent_in_parts_beside_arithmetic_counts_once():
     assert (row.kind, row.dtype, row.count, row.bytes) == ("all-gather", "u8", 2, 2 * 128)
 
 
+@pytest.mark.parametrize(("axes", "joined"), [("'axis_1'", 4), ("'axis_0','axis_1'", 8)])
+def test_what_joins_some_axes_of_a_mesh_is_sent_among_their_devices_alone(axes, joined):
+    groups = f"mesh['axis_0'=2,'axis_1'=4] {{{axes}}}"
+    text = LOOP.replace("replica_groups={{0,1,2,3}}", f"replica_groups={groups}")
+
+    (gathered,) = [c for c in costs.collectives(hlo.parse(text), 8) if c.kind == "all-gather"]
+
+    assert gathered.sent == 64 * 2 * (joined - 1) / joined
+
+
 def test_a_loops_body_counts_as_often_as_it_runs():
     program = hlo.parse(LOOP)
 
@@ -172,3 +186,30 @@ def test_communication_of_a_real_program_is_counted_by_kind_and_size():
     assert reduced.count == 5
     assert reduced.bytes == 5 * 8 * 64 * 4  # of each device's eight rows
     assert costs.traffic(hlo.parse(compiled.as_text())) >= 5 * 16 * 64 * 4  # its share of weights
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
+)
+def test_a_tpu_sends_the_gathered_kernels_and_the_summed_products_and_no_more():
+    layers, size, rows = 6, 2048, 4096
+    target = planning.parse_target("tpu-v5e:4x4")
+    devices = np.array(planning.compiler(target).devices).reshape(4, 4)
+    mesh = Mesh(devices, ("fsdp", "tensor"))
+
+    def shape(spec, *sizes):
+        return jax.ShapeDtypeStruct(sizes, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+
+    def layer(x, kernel):
+        y = jax.nn.silu(x @ kernel) @ kernel.T
+        return jax.lax.with_sharding_constraint(y, NamedSharding(mesh, P("fsdp"))), None
+
+    kernels = shape(P(None, "fsdp", "tensor"), layers, size, size)
+    step = jax.jit(lambda kernels, x: jax.lax.scan(layer, x, kernels)[0])
+    text = step.lower(kernels, shape(P("fsdp"), rows, size)).compile().as_text()
+
+    found = {c.kind: c.sent for c in costs.collectives(hlo.parse(text), 16)}
+
+    gathered = layers * size * (size // 4) * 2  # bytes of the kernels, over fsdp
+    summed = layers * (rows // 4) * size * 2  # of the products, over tensor
+    assert found == {"all-gather": gathered * 3 / 4, "all-reduce": 2 * summed * 3 / 4}

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorax_ft import cli, memory, planning
+from configs import llama
+from lorax_ft import cli, memory, planning, trees
 from lorax_ft.config import ExperimentConfig, parse
 from lorax_ft.devices import DEVICES, by_device_kind
-from lorax_ft.models import LlamaConfig
+from lorax_ft.models import LlamaConfig, build
 from lorax_ft.planning import command, search, shapes, suggestions, targets
 from lorax_ft.planning.plan import largest_logits, make_plan, on_mesh, refusal_of
 from lorax_ft.training import MeshConfig
@@ -385,9 +386,29 @@ def test_the_command_plans_from_a_config_alone(model, tmp_path, capsys, no_prepa
     assert (tmp_path / "plan.png").exists()
 
 
-def test_every_size_and_method_of_the_llama_config_is_a_config():
-    from configs import llama
+PUBLISHED = {
+    "7b": 6_738_415_616,
+    "13b": 13_015_864_320,
+    "33b": 32_528_943_616,
+    "65b": 65_285_660_672,
+    "3-8b": 8_030_261_248,
+    "3-70b": 70_553_706_496,
+    "3.2-1b": 1_235_814_400,
+}
 
+
+def test_every_size_of_the_llama_config_has_the_published_number_of_parameters():
+    found = {}
+    for size in llama.SIZES:
+        config = parse(llama.get_config(f"{size}-lora"), ExperimentConfig)
+        path = pathlib.Path(config.model.path) / "config.json"
+        model = build(json.loads(path.read_text()), task="causal_lm")
+        found[size] = trees.count(model.shapes()).total
+
+    assert found == PUBLISHED
+
+
+def test_every_size_and_method_of_the_llama_config_is_a_config():
     for size in llama.SIZES:
         for method in llama.METHODS:
             config = parse(llama.get_config(f"{size}-{method}"), ExperimentConfig)

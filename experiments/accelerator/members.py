@@ -2,7 +2,7 @@
 
     python experiments/accelerator/members.py --members=1,2,4,8,16,32 --output=x.csv
 
-A LLaMA of 1.2 billion parameters in bfloat16 with LoRA of rank 16 on all linear layers, 8 rows of
+A LLaMA of 1.0 billion parameters in bfloat16 with LoRA of rank 16 on all linear layers, 8 rows of
 128 tokens for each member: the sweep's own step. The random weights are as in weights.py.
 """
 

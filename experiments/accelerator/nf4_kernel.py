@@ -13,7 +13,6 @@ ways to look codes up ("permute" is what was kept), and that spelled XLA's dequa
 
 from __future__ import annotations
 
-import argparse
 import csv
 import functools
 import pathlib
@@ -24,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import app, flags
 from jax import lax
 
 from lorax_ft.quantization import codebooks, gpu_product
@@ -38,6 +38,11 @@ ROWS = (1, 8, 16, 64, 256, 2048)
 TILINGS = ((16, 8, 128), (16, 16, 128), (16, 16, 64), (64, 4, 128), (64, 8, 128))
 
 FIELDS = "device in out rows way microseconds gigabytes_per_second error compile_seconds".split()
+
+_OUTPUT = flags.DEFINE_string("output", ".", "folder of nf4_kernel.csv")
+_TINY = flags.DEFINE_bool("tiny", False, "small shapes")
+_LIMIT = flags.DEFINE_float("limit", 85.0, "seconds in all")
+_ROWS = flags.DEFINE_list("rows", None, "rows of x, as --rows=1,16; all where not given")
 
 
 def ways(rows: int, shape: tuple[int, int]) -> dict[str, Tiling | None]:
@@ -122,26 +127,25 @@ def timed(call: Callable, x: Any, kernels: Any, seconds: float) -> tuple[Any, fl
     return result, (long - short) / calls / len(kernels) / TURNS, compiling
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("."))
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--limit", type=float, default=85.0, help="seconds in all")
-    parser.add_argument("--rows", type=int, nargs="*", default=None)
-    options = parser.parse_args()
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    # the small and the large row counts decide most: they come first should time run out
+    counts = sorted(ROWS, key=(1, 16, 64, 2048, 256, 8).index)
+    if _ROWS.value:
+        counts = [int(rows) for rows in _ROWS.value]
     began = time.perf_counter()
     device = jax.devices()[0].device_kind
     table: list[dict[str, Any]] = []
     print(*FIELDS, sep="\t", flush=True)
-    shapes = ((1024, 256),) if options.tiny else SHAPES
+    shapes = ((1024, 256),) if _TINY.value else SHAPES
     for shape in shapes:
-        makes = kernels_of(shape, 2 if options.tiny else None)
-        # the small and the large row counts decide most: they come first should time run out
-        for rows in options.rows or sorted(ROWS, key=(1, 16, 64, 2048, 256, 8).index):
+        makes = kernels_of(shape, 2 if _TINY.value else None)
+        for rows in counts:
             x = jax.random.normal(jax.random.key(rows), (rows, shape[0]), jnp.bfloat16)
             expected = None
             for way, tiling in ways(rows, shape).items():
-                if time.perf_counter() - began > options.limit:
+                if time.perf_counter() - began > _LIMIT.value:
                     print("# out of time before", shape, rows, way, flush=True)
                     break
                 entry = {"device": device, "in": shape[0], "out": shape[1], "rows": rows}
@@ -151,7 +155,7 @@ def main() -> None:
                     kernels = makes["bf16" if way == "bf16" else "nf4"]
                     if expected is None:
                         expected = reference(x, makes["nf4"][0])
-                    seconds = 0.001 if options.tiny else 0.02
+                    seconds = 0.001 if _TINY.value else 0.02
                     result, took, compiling = timed(call, x, kernels, seconds)
                     entry["error"] = error(result[-1], expected)
                     entry["microseconds"] = round(took * 1e6, 2)
@@ -162,7 +166,7 @@ def main() -> None:
                     entry["error"] = f"{type(problem).__name__}: {problem}"[:300].replace("\n", " ")
                 table.append(entry)
                 print(*(entry.get(field, "") for field in FIELDS), sep="\t", flush=True)
-                write(options.output, table)
+                write(pathlib.Path(_OUTPUT.value), table)
         del makes
     print(f"# {time.perf_counter() - began:.0f} s in all")
 
@@ -203,4 +207,4 @@ def write(folder: pathlib.Path, table: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    app.run(main)

@@ -11,6 +11,7 @@ results.csv beside this file.
 from __future__ import annotations
 
 import csv
+import json
 import pathlib
 from typing import Any
 
@@ -21,20 +22,12 @@ from absl import app, flags
 
 from lorax_ft import LoraConfig, add_lora, inspect, partition
 from lorax_ft.adapted import make_outputs
-from lorax_ft.models import LlamaConfig, build
+from lorax_ft.models import build
 from lorax_ft.training import OBJECTIVES, make_train_step
 
 HERE = pathlib.Path(__file__).resolve().parent
-CONFIG = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=64,
-    tie_word_embeddings=True,
-)
+SHAPES = HERE.parents[1] / "configs" / "models" / "llama-3.2-1b" / "config.json"
+CONFIG = json.loads(SHAPES.read_text())
 AT_ONCE = 2**50  # bytes that no logits come to
 PIECES = 2**28
 

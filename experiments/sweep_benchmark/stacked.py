@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import pathlib
 from typing import Any
 
 import jax
@@ -19,16 +21,9 @@ from lorax_ft.sweeps.step import make_train_step
 from lorax_ft.training import OBJECTIVES
 
 PyTree = Any
-LLAMA_1B = LlamaConfig(
-    vocab_size=32000,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=64,
-    tie_word_embeddings=True,
-)
+HERE = pathlib.Path(__file__).resolve().parent
+SHAPES = HERE.parents[1] / "configs" / "models" / "llama-3.2-1b" / "config.json"
+LLAMA_1B = LlamaConfig.from_hugging_face({**json.loads(SHAPES.read_text()), "vocab_size": 32000})
 LENGTH = 128
 RANK = 16
 NO_DATA = {"data": {"source": {"train": "none"}}}

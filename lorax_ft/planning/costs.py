@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -19,6 +20,7 @@ _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 _KERNEL_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _FUSIONS = ("fusion", "fusion-start")  # the second, since JAX 0.11, runs beside others
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
 _SLICES = ("dynamic-slice", "gather", "slice")
 
 
@@ -166,11 +168,14 @@ def _communications(program: Program) -> Iterator[tuple[Computation, Instruction
 
 
 def _group_size(instruction: Instruction, devices: int) -> int:
-    """How many devices one collective joins, by its `replica_groups` in either of their forms."""
+    """How many devices one collective joins, by its `replica_groups` in any of their forms."""
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", instruction.attributes):
         return int(found.group(2))
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", instruction.attributes):
         return len(found.group(1).split(","))
+    if found := _MESH_GROUPS.search(instruction.attributes):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found.group(1)))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", found.group(2)))
     return max(devices, 1)
 
 
