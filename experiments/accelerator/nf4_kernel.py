@@ -28,7 +28,7 @@ from jax import lax
 
 from lorax_ft.quantization import codebooks, gpu_product
 from lorax_ft.quantization.nf4 import NF4
-from lorax_ft.quantization.tilings import Tiling, tiling_of
+from lorax_ft.quantization.tilings import GpuTiling, gpu_tiling
 
 BLOCK = 64
 CACHE = 120e6  # bytes that the copies of a kernel exceed together: twice the largest level-2 cache
@@ -45,20 +45,20 @@ _LIMIT = flags.DEFINE_float("limit", 85.0, "seconds in all")
 _ROWS = flags.DEFINE_list("rows", None, "rows of x, as --rows=1,16; all where not given")
 
 
-def ways(rows: int, shape: tuple[int, int]) -> dict[str, Tiling | None]:
+def ways(rows: int, shape: tuple[int, int]) -> dict[str, GpuTiling | None]:
     """What is timed for so many rows of x: name -> tiling of the fused kernel; XLA's have none."""
     found = [
-        Tiling(rows=height, splits=splits, scales_values=height > 16, columns=columns)
+        GpuTiling(rows=height, splits=splits, scales_values=height > 16, columns=columns)
         for height, splits, columns in TILINGS
         if (height == 16) == (rows <= 16)
     ]
-    chosen = tiling_of(rows, *shape, BLOCK)
+    chosen = gpu_tiling(rows, *shape, BLOCK)
     if chosen is not None and chosen not in found:
         found.insert(0, chosen)
     return {"bf16": None, "xla nf4": None} | {name_of(tiling): tiling for tiling in found}
 
 
-def name_of(tiling: Tiling) -> str:
+def name_of(tiling: GpuTiling) -> str:
     scaled = "before" if tiling.scales_values else "after"
     sizes = f"r{tiling.rows} c{tiling.columns} s{tiling.splits} w{tiling.warps}"
     return f"product {sizes} permute {scaled}"
@@ -79,7 +79,7 @@ def xla_matrix(packed: Any, absmax: Any) -> Any:
     return kernel.matrix()
 
 
-def multiply(way: str, tiling: Tiling | None) -> Callable:
+def multiply(way: str, tiling: GpuTiling | None) -> Callable:
     """The function of (x, arrays of the kernel) that a row of the table names."""
     if way == "bf16":
         return lambda x, kernel: x @ kernel[0]
