@@ -37,7 +37,7 @@ def total(text: str, name: str) -> int:
     """The cycles on a chip of the program that was last compiled for it, whose `as_text()` this is.
 
     A kernel that tells its arithmetic takes as many cycles as its schedule has instructions, or as
-    that arithmetic does at the chip's peak, if those are more.
+    that arithmetic does at the chip's peak, if those are more or its schedule is not known.
     """
     program = hlo.parse(text)
     per_cycle = find_device(f"tpu-{name}").flops_per_cycle
@@ -53,13 +53,14 @@ def total(text: str, name: str) -> int:
 
 def scheduled(kernel: str) -> int:
     """The instructions that one of a chip's cores runs of a kernel, by the schedule of its last
-    compilation: those of a loop as often as its bound says. Nothing waits for memory."""
-    (*_, file) = sorted(
+    compilation: those of a loop as often as its bound says. Nothing waits for memory. 0 where none
+    was written, as of a kernel that is the same as another of its program."""
+    files = sorted(
         file
         for file in _SCHEDULES.glob(f"*-{kernel}-*-final_bundles.txt")
         if "analysis" not in file.name
     )
-    return count_instructions(file.read_text())
+    return count_instructions(files[-1].read_text()) if files else 0
 
 
 @dataclasses.dataclass
