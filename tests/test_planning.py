@@ -420,6 +420,19 @@ def test_every_size_and_method_of_the_llama_config_is_a_config():
 # --- The targets' own compilers -------------------------------------------------------------------
 
 
+def test_a_program_that_jax_cannot_read_leaves_its_memory_known(model, planned, monkeypatch):
+    def as_text(compiled):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: async-update instruction")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", as_text)
+    plan = make_plan(config_of(model), CPU)
+
+    assert (plan.needed, plan.parts, plan.flops) == (planned.needed, planned.parts, planned.flops)
+    assert plan.fits
+    assert plan.traffic is plan.cycles is plan.roofline is None
+    assert "traffic, communication and cycles are not known" in planning.plan_text(plan)
+
+
 @needs_tpu_compiler
 def test_the_tpu_compiler_tells_cycles_and_refuses_in_our_words(model):
     plan = make_plan(config_of(model), planning.parse_target("tpu-v5e"))

@@ -73,7 +73,7 @@ class Plan:
     needed: int | None  # bytes, by the compiler; None where it refused without saying
     usable: int | None  # bytes that a program can have; None where there is no telling
     flops: float  # of one device
-    traffic: int | None  # bytes of its memory
+    traffic: int | None  # bytes of its memory; None where there is no program to be read
     collectives: tuple[costs.Collective, ...]
     cycles: costs.Cycles | None
     roofline: Roofline | None  # None for CPUs, and where the compiler refused
@@ -112,7 +112,7 @@ def make_plan(config: ExperimentConfig, target: Target, compiler: Compiler | Non
     shared = host if target.device is None else 0  # a CPU's memory is its host's
     flops = count_flops(traced.jaxpr) / target.count
     flops_per_cycle = None if target.device is None else target.device.flops_per_cycle
-    program = None if compiled is None else hlo.parse(compiled.as_text())
+    program = None if compiled is None else _program(compiled)
     moved = None if program is None else costs.traffic(program)
     sent = () if program is None else costs.collectives(program, target.count)
     return Plan(
@@ -253,6 +253,15 @@ def _gradient_bytes(train: Any, accumulation: int) -> int:
     if accumulation == 1:
         return sum(map(local_bytes, arrays))
     return sum(local_bytes(array) * 4 // array.dtype.itemsize for array in arrays)
+
+
+def _program(compiled: Any) -> hlo.Program | None:
+    """The compiled program; None where this version of JAX cannot read what a newer compiler wrote,
+    which is so of some programs by libtpu 0.0.42 under JAX 0.10."""
+    try:
+        return hlo.parse(compiled.as_text())
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 def _roofline(

@@ -98,6 +98,11 @@ def _costs(plan: Plan) -> list[str]:
     lines = [f"arithmetic     {plan.flops / 1e12:.2f} TFLOP a device and step"]
     if plan.traffic is not None:
         lines.append(f"memory         {plan.traffic / 1e9:.1f} GB moved")
+    elif plan.refused is None:
+        lines.append(
+            "program        not to be read by this version of JAX, so that traffic, communication "
+            "and cycles are not known"
+        )
     for row in plan.collectives:
         lines.append(
             f"communication  {row.kind} of {row.dtype}: {row.count:,} times, "
