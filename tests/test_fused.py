@@ -30,7 +30,7 @@ from lorax_ft.training.flops import count_flops
 
 IN, OUT = 512, 128
 needs_tpu_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="no TPU compiler here (pip install libtpu)"
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
 )
 needs_gpu_compiler = pytest.mark.skipif(
     not any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))),

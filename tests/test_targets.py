@@ -13,7 +13,7 @@ TARGETS = pathlib.Path(__file__).resolve().parent.parent / "experiments" / "targ
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="no TPU compiler here (pip install libtpu)"
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
 )
 def test_a_linear_layer_costs_a_tpu_no_more_than_it_did():
     """By shares of the frozen layer, so that another compiler's model moves both."""

@@ -2,7 +2,7 @@
 
     python experiments/paging/run.py --target=v5e:2x2 --rows=4,12
 
-Needs no TPU but its compiler (`pip install libtpu`). Full fine-tuning of a LLaMA of 0.6 billion
+Needs no TPU but its compiler (`pip install 'jax[tpu]'`). Full fine-tuning of a LLaMA of 0.6 billion
 float32 parameters (Llama-3.2-1B's shapes with 8 layers and 32,000 words) on the target's first
 chip, computed in bfloat16, layers rematerialised, a batch of so many rows of 1,024 tokens; nothing
 is allocated. Where the compiler refuses a batch, its own figures are in the table. Writes

@@ -3,11 +3,11 @@
     python experiments/plan/run.py
     python experiments/plan/run.py --only=tpu
 
-Needs no weights and no accelerator; rows of TPUs want their compiler (`pip install libtpu`), rows
-of GPUs want jax's CUDA plugin, and without it are reckoned by XLA for CPU, which the table says.
-Each row is a process of its own, one after another. `--only` takes the rows whose name has that in
-it. Writes results.csv, results.md and memory.png beside this file; rows that were not run again
-stay.
+Needs no weights and no accelerator; rows of TPUs want their compiler (`pip install
+'jax[tpu]'`), rows of GPUs want jax's CUDA plugin, and without it are reckoned by XLA for CPU, which
+the table says. Each row is a process of its own, one after another. `--only` takes the rows whose
+name has that in it. Writes results.csv, results.md and memory.png beside this file; rows that were
+not run again stay.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python experiments/sweep_benchmark/tpu.py --members=1,2,4,8,16,32
     python experiments/sweep_benchmark/tpu.py --members=1,16 --rows=1
 
-Needs no TPU but its compiler (`pip install libtpu`). A LLaMA of 1.0 billion parameters in bfloat16
-with LoRA of rank 16 on all linear layers, `--rows` of 128 tokens for each member; nothing is
-allocated. The estimates are summed as in experiments/targets. Each program is a row of
-tpu.csv beside this file, written when it is compiled, in place of an earlier one of its kind.
+Needs no TPU but its compiler (`pip install 'jax[tpu]'`). A LLaMA of 1.0 billion parameters in
+bfloat16 with LoRA of rank 16 on all linear layers, `--rows` of 128 tokens for each member; nothing
+is allocated. The estimates are summed as in experiments/targets. Each program is a row of tpu.csv
+beside this file, written when it is compiled, in place of an earlier one of its kind.
 """
 
 from __future__ import annotations

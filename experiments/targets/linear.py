@@ -2,7 +2,7 @@
 
     python experiments/targets/linear.py
 
-Needs no TPU but its compiler (`pip install libtpu`). A kernel of 4096 x 4096 in bfloat16, 2,048
+Needs no TPU but its compiler (`pip install 'jax[tpu]'`). A kernel of 4096 x 4096 in bfloat16, 2,048
 tokens: the output, the gradient of the input and, where there is an adapter, those of its factors
 (rank 16, float32). Nothing is allocated. Writes linear_layer.csv beside this file;
 `--operations` prints what each program spends its cycles on.

@@ -3,8 +3,8 @@
     python experiments/targets/product.py --rows=1,16,256,2048
 
 `x [rows, 4096] @ kernel [4096, 4096]` in bfloat16, nothing else. Needs no TPU but its compiler
-(`pip install libtpu`). Cycles are of the arithmetic, as chips.py counts them; `memory` are those
-in which operands and result pass the chip's memory once, beside them. Writes product.csv
+(`pip install 'jax[tpu]'`). Cycles are of the arithmetic, as chips.py counts them; `memory` are
+those in which operands and result pass the chip's memory once, beside them. Writes product.csv
 beside this file.
 """
 

@@ -4,9 +4,9 @@
 
 LoRA of rank 16 on all linear layers, a bfloat16 base, 4 rows of 2,048 tokens, AdamW, and a scan:
 the library's own step, lowered on shapes alone. Needs no TPU but its compiler (`pip install
-libtpu`). Splash attention has no estimate and is counted by its arithmetic, at the chip's peak. The
-share of the peak is of the arithmetic that the step must do, so that what is computed again counts
-against it. Each program is a row of step.csv beside this file.
+'jax[tpu]'`). Splash attention has no estimate and is counted by its arithmetic, at the chip's peak.
+The share of the peak is of the arithmetic that the step must do, so that what is computed again
+counts against it. Each program is a row of step.csv beside this file.
 """
 
 from __future__ import annotations
