@@ -43,45 +43,46 @@ def product(
     are in float32, as in XLA's product with the dequantised kernel. `tiling.inputs` must divide
     `in` and be a multiple of `block_size`, `tiling.outputs` must divide `out`.
     """
-    rows = x.shape[0]
+    rows, summed_size = x.shape
     in_size, out_size = 2 * packed.shape[0], packed.shape[1]
+    made_size = in_size if transposed else out_size
     blocks = tiling.inputs // block_size
     absmax = absmax.reshape(-1, blocks, out_size)  # a tile's is a whole axis, as Mosaic wants it
-    ins, outs = in_size // tiling.inputs, out_size // tiling.outputs
+    made, summed = tiling.outputs, tiling.inputs  # sizes of a tile
     if transposed:
-        made, summed, made_size, summed_size = ins, outs, tiling.inputs, tiling.outputs
-        place = lambda made, summed: (made, summed)
-    else:
-        made, summed, made_size, summed_size = outs, ins, tiling.outputs, tiling.inputs
-        place = lambda made, summed: (summed, made)
+        made, summed = summed, made
+
+    def of_kernel(row: Any, made: Any, summed: Any) -> tuple[Any, Any]:
+        """Which tile of the kernel: along its inputs, along its outputs."""
+        return (made, summed) if transposed else (summed, made)
+
+    def of_absmax(*step: Any) -> tuple[Any, int, Any]:
+        inputs, outputs = of_kernel(*step)
+        return inputs, 0, outputs
+
     return pl.pallas_call(
         functools.partial(_kernel, table=table, block_size=block_size, transposed=transposed),
-        out_shape=jax.ShapeDtypeStruct((rows, made * made_size), x.dtype),
-        grid=(math.ceil(rows / tiling.rows), made, summed),
+        out_shape=jax.ShapeDtypeStruct((rows, made_size), x.dtype),
+        grid=(math.ceil(rows / tiling.rows), made_size // made, summed_size // summed),
         in_specs=[
-            pl.BlockSpec((tiling.rows, summed_size), lambda row, made, summed: (row, summed)),
-            pl.BlockSpec(
-                (tiling.inputs // 2, tiling.outputs),
-                lambda row, made, summed: place(made, summed),
-            ),
-            pl.BlockSpec(
-                (None, blocks, tiling.outputs),
-                lambda row, made, summed: (place(made, summed)[0], 0, place(made, summed)[1]),
-            ),
+            pl.BlockSpec((tiling.rows, summed), lambda row, made, summed: (row, summed)),
+            pl.BlockSpec((tiling.inputs // 2, tiling.outputs), of_kernel),
+            pl.BlockSpec((None, blocks, tiling.outputs), of_absmax),
         ],
-        out_specs=pl.BlockSpec((tiling.rows, made_size), lambda row, made, summed: (row, made)),
+        out_specs=pl.BlockSpec((tiling.rows, made), lambda row, made, summed: (row, made)),
         scratch_shapes=[
             pltpu.VMEM((tiling.inputs, tiling.outputs), x.dtype),
-            pltpu.VMEM((tiling.rows, made_size), jnp.float32),
+            pltpu.VMEM((tiling.rows, made), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * rows * in_size * out_size,
-            bytes_accessed=packed.size
-            + 4 * absmax.size
-            + x.dtype.itemsize * rows * made * made_size,
+            bytes_accessed=packed.nbytes
+            + absmax.nbytes
+            + x.nbytes
+            + x.dtype.itemsize * rows * made_size,
             transcendentals=0,
         ),
         interpret=interpret,
