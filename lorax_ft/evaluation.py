@@ -9,6 +9,19 @@ import numpy as np
 import numpy.typing as npt
 
 IGNORED = -100  # a label that is not scored
+MODES = ("max", "min")  # whether more or less of a metric is better
+LESS_IS_BETTER = ("loss", "perplexity")
+
+
+def sign_of(metric: str, mode: str | None = None) -> int:
+    """1 where more of a metric is better, -1 where less is; by its name where `mode` is None.
+
+    >>> sign_of("accuracy"), sign_of("validation.loss"), sign_of("loss", "max")
+    (1, -1, 1)
+    """
+    if mode is None:
+        return -1 if metric.rpartition(".")[2] in LESS_IS_BETTER else 1
+    return 1 if mode == "max" else -1
 
 
 def count_outcomes(

@@ -184,7 +184,7 @@ def add_report(values: flags.FlagValues, argv: list[str]) -> None:
         "mode",
         None,
         ["max", "min"],
-        "which of it is better (default: the sweep's)",
+        "which of it is better (default: the sweep's, or as the name of another metric says)",
         flag_values=values,
     )
 

@@ -253,13 +253,15 @@ def follow(values: dict[int, float]):
     return lambda train, step: {"accuracy": values[step]}
 
 
-@pytest.mark.parametrize(("mode", "best"), [("max", 4), ("min", 6)])
-def test_the_best_evaluation_is_remembered_and_its_checkpoint_kept(tmp_path, mode, best):
+@pytest.mark.parametrize(("metric", "mode", "best"), [
+    ("accuracy", None, 4), ("accuracy", "min", 6), ("loss", None, 6), ("loss", "max", 4),
+])  # fmt: skip
+def test_the_best_evaluation_is_remembered_and_its_checkpoint_kept(tmp_path, metric, mode, best):
     values = {2: 0.5, 4: 0.9, 6: 0.1, 8: 0.4, 10: 0.9, 12: math.nan}
 
     result, _ = run(
-        tmp_path, evaluate=follow(values), eval_every=2, best_metric="accuracy", best_mode=mode,
-        keep_last=1,
+        tmp_path, evaluate=lambda train, step: {metric: values[step]}, eval_every=2,
+        best_metric=metric, best_mode=mode, keep_last=1,
     )  # fmt: skip
 
     assert (result.progress.best_step, result.progress.best_value) == (best, values[best])

@@ -180,7 +180,7 @@ def test_a_finished_sweep_is_not_run_again(swept, folder, monkeypatch):
 
 def test_the_best_run_and_any_other_come_back(swept):
     directory, rows = swept
-    best = sweeps.best(directory, "test.loss", "min")
+    best = sweeps.best(directory, "test.loss")  # of which less is better, as its name says
     assert best.metric("test.loss") == min(row.metric("test.loss") for row in rows)
 
     params, apply = sweeps.restore(directory, best.name)
@@ -205,14 +205,14 @@ def test_methods_are_chosen_by_validation_and_compared_by_test():
         *(row("lora", 0.2, seed, 0.7, 0.9) for seed in range(3)),  # better by chance
         *(row("ia3", 0.1, seed, 0.6, 0.6 + seed / 50) for seed in range(3)),
     ]
-    lora, ia3 = comparisons_table(rows, "validation.accuracy", "max")
+    lora, ia3 = comparisons_table(rows, "validation.accuracy", 1)
 
     assert (lora["method"], lora["setting"]) == ("lora", "optimizer.learning_rate=0.1000 lora")
     assert lora["validation.accuracy"] == pytest.approx(0.8)
     assert (lora["mean"], lora["share"]) == pytest.approx((0.71, 0.1))
     assert ia3["difference"] == pytest.approx(-0.09)
     assert ia3["pairs"] == 3
-    assert "validation.accuracy" not in comparisons_table(rows, "test.accuracy", "max")[0]
+    assert "validation.accuracy" not in comparisons_table(rows, "test.accuracy", 1)[0]
 
 
 def test_the_report_has_every_run_in_a_page_of_its_own(swept, capsys):

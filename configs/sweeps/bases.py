@@ -22,5 +22,4 @@ def get_sweep(metric: str = "accuracy") -> SweepConfig:
     return SweepConfig(
         runs=product([{"quantization": base} for base in BASES], grid({"seed": [0, 1, 2]})),
         metric=f"validation.{metric}",
-        mode="min" if metric == "loss" else "max",
     )

@@ -50,6 +50,4 @@ def get_sweep(
     for changes, rate in (known[name] for name in names):
         values = [rate * factor * scale for factor in FACTORS[rates]]
         runs += product([changes], grid({"optimizer.learning_rate": values, "seed": SEEDS}))
-    return SweepConfig(
-        runs=runs, metric=f"validation.{metric}", mode="min" if metric == "loss" else "max"
-    )
+    return SweepConfig(runs=runs, metric=f"validation.{metric}")

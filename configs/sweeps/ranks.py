@@ -21,5 +21,4 @@ def get_sweep(metric: str = "accuracy", scale: float = 1, seeds: int = 3) -> Swe
             }
         ),
         metric=f"validation.{metric}",
-        mode="min" if metric == "loss" else "max",
     )

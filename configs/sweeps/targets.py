@@ -22,5 +22,4 @@ def get_sweep(metric: str = "accuracy", scale: float = 1, seeds: int = 3) -> Swe
             }
         ),
         metric=f"validation.{metric}",
-        mode="min" if metric == "loss" else "max",
     )

@@ -19,6 +19,7 @@ from typing import Any
 
 from lorax_ft import finished, runs
 from lorax_ft.config import ExperimentConfig, flat, to_dict
+from lorax_ft.evaluation import sign_of
 from lorax_ft.models.tensor_files import read_json
 from lorax_ft.sweeps.groups import Run
 from lorax_ft.sweeps.specification import SweepConfig
@@ -115,18 +116,28 @@ def read_rows(sweep_dir: str | pathlib.Path) -> list[Row]:
     return rows
 
 
+def criterion(
+    sweep_dir: str | pathlib.Path, metric: str | None = None, mode: str | None = None
+) -> tuple[str, int]:
+    """By what runs are compared, and 1 where more of it is better, -1 where less is.
+
+    The sweep's own `mode` is for its own metric alone.
+    """
+    sweep = read_record(sweep_dir)["sweep"]
+    name = str(metric or sweep["metric"])
+    return name, sign_of(name, mode or (sweep["mode"] if name == sweep["metric"] else None))
+
+
 def best(sweep_dir: str | pathlib.Path, metric: str | None = None, mode: str | None = None) -> Row:
     """The run with the best metric, by default that of the sweep; the earlier of equals.
 
     `metric` is a split and a name, such as "validation.accuracy". Raises ValueError where no run
     that is finished has it.
     """
-    sweep = read_record(sweep_dir)["sweep"]
-    name = str(metric or sweep["metric"])
+    name, sign = criterion(sweep_dir, metric, mode)
     rows = [row for row in read_rows(sweep_dir) if math.isfinite(row.metric(name))]
     if not rows:
         raise ValueError(f"{sweep_dir}: no run of this sweep is finished and has {name}.")
-    sign = 1 if (mode or sweep["mode"]) == "max" else -1
     return max(rows, key=lambda row: sign * row.metric(name))
 
 

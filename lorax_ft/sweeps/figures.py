@@ -18,7 +18,7 @@ MOST_CURVES = 24  # of more, the best are drawn
 
 
 def draw(
-    rows: Sequence[Row], sweep_dir: pathlib.Path, target: pathlib.Path, *, metric: str, mode: str
+    rows: Sequence[Row], sweep_dir: pathlib.Path, target: pathlib.Path, *, metric: str, sign: int
 ) -> dict[str, str]:
     """Draws the figures that the runs have data for; titles by the names of their PNG files."""
     target.mkdir(parents=True, exist_ok=True)
@@ -50,8 +50,7 @@ def draw(
         f"{metric} by time",
         lambda axis: _points(axis, scored, metric, "seconds of training", _seconds),
     )
-    sign = -1 if mode == "max" else 1
-    best = sorted(scored, key=lambda row: sign * row.metric(metric))[:MOST_CURVES]
+    best = sorted(scored, key=lambda row: -sign * row.metric(metric))[:MOST_CURVES]
     save(
         "learning_curves",
         f"{metric.partition('.')[2]} of the validation split by step",

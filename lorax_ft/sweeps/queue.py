@@ -51,11 +51,11 @@ class ListQueue:
         *,
         rungs: Rungs | None = None,
         metric: str = "accuracy",
-        mode: str = "max",
+        sign: int = 1,
     ):
         self._runs = {run.name: run for run in runs}
         self._waiting = collections.deque(runs)
-        self._rungs, self._metric, self._sign = rungs, metric, 1 if mode == "max" else -1
+        self._rungs, self._metric, self._sign = rungs, metric, sign
 
     @property
     def waiting(self) -> tuple[Run, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
-from lorax_ft.sweeps.directory import read_record, read_rows
+from lorax_ft.sweeps.directory import criterion, read_record, read_rows
 from lorax_ft.sweeps.figures import draw
 from lorax_ft.sweeps.page import write_page
 from lorax_ft.sweeps.tables import (
@@ -27,27 +27,27 @@ def write_report(
 ) -> str:
     """Writes `report/` of a sweep and returns its tables as text.
 
-    `metric` and `mode` are by default the sweep's own. Settings are chosen by it; methods are
-    compared by the same of the test split, where there is one. A method is compared with the best
-    one on the seeds that both have: the 95 % confidence interval of the mean difference, and the
-    paired t-test. Raises FileNotFoundError where there is no sweep, ValueError where no run is
-    finished that has the metric.
+    `metric` and `mode` are as in `best`. Settings are chosen by the metric; methods are compared by
+    the same of the test split, where there is one. A method is compared with the best one on the
+    seeds that both have: the 95 % confidence interval of the mean difference, and the paired
+    t-test. Raises FileNotFoundError where there is no sweep, ValueError where no run is finished
+    that has the metric.
     """
     directory = pathlib.Path(sweep_dir)
     record, rows = read_record(directory), read_rows(directory)
-    metric, mode = str(metric or record["sweep"]["metric"]), str(mode or record["sweep"]["mode"])
+    metric, sign = criterion(directory, metric, mode)
     if not any(row.metric(metric) == row.metric(metric) for row in rows):
         raise ValueError(f"{directory}: no run of this sweep is finished and has {metric}.")
     tables = {
-        METHODS: comparisons_table(rows, metric, mode),
-        SETTINGS: settings_table(rows, metric, mode),
+        METHODS: comparisons_table(rows, metric, sign),
+        SETTINGS: settings_table(rows, metric, sign),
         RUNS: run_records(rows),
     }
     target = directory / "report"
-    figures = draw(rows, directory, target, metric=metric, mode=mode)
+    figures = draw(rows, directory, target, metric=metric, sign=sign)
     lead = (
         f"{len(rows)} of {record['runs']} runs are finished. The metric is {metric}, of which "
-        f"{'more' if mode == 'max' else 'less'} is better."
+        f"{'more' if sign > 0 else 'less'} is better."
     )
     if (judged := judge(rows, metric)) != metric:
         lead += f" Methods are compared by {judged}, by which no setting was chosen."

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lorax_ft import evaluation
 from lorax_ft.config import ExperimentConfig, flat, key_names, parse, to_dict, unknown_key
 from lorax_ft.sweeps.groups import Run
 from lorax_ft.sweeps.spaces import Distribution
@@ -72,7 +73,7 @@ class SweepConfig:
     runs: Sequence[Mapping[str, Any]] = ()  # what each changes of the config
     search: Search | None = None  # proposes runs, each with the changes of every entry of `runs`
     metric: str = "validation.accuracy"  # a split's, by which runs are compared
-    mode: str = "max"  # whether more of it ("max") or less of it ("min") is better
+    mode: str | None = None  # "max" or "min" of it is better; None: as its name says
     slots: int | None = None  # runs at a time, rounded up to fill the devices; None: all that fit
     memory: int | None = None  # bytes that a group may take; None: what the device has free
     vectorized: bool | None = None  # runs side by side or in turn; None: in turn on CPUs alone
@@ -83,8 +84,10 @@ class SweepConfig:
     def __post_init__(self):
         if not self.runs and self.search is None:
             raise ValueError("SweepConfig.runs is empty: the sweep would have no run.")
-        if self.mode not in ("max", "min"):
-            raise ValueError(f'SweepConfig.mode must be "max" or "min", got {self.mode!r}.')
+        if self.mode not in (None, *evaluation.MODES):
+            raise ValueError(
+                f'SweepConfig.mode must be "max" or "min", or None, got {self.mode!r}.'
+            )
         if not re.fullmatch(r"(validation|test)\.\w+", self.metric):
             raise ValueError(
                 f"SweepConfig.metric is {self.metric!r}, expected a split and one of its metrics, "
@@ -96,6 +99,11 @@ class SweepConfig:
                 raise ValueError(f"SweepConfig.{field} must be at least 1, or None, got {value}.")
         if self.halving is not None and self.search is not None:
             raise ValueError("SweepConfig: give halving to `search` as its pruner.")
+
+    @property
+    def sign(self) -> int:
+        """1 where more of the metric is better, -1 where less is."""
+        return evaluation.sign_of(self.metric, self.mode)
 
 
 def load_sweep(path: str | pathlib.Path) -> SweepConfig:

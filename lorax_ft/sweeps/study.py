@@ -178,7 +178,7 @@ def _open_study(field: Field, sweep: SweepConfig, directory: pathlib.Path) -> An
         study = optuna.create_study(
             study_name=f"{directory.name}-{field.group.name}",
             storage=url,
-            direction="maximize" if sweep.mode == "max" else "minimize",
+            direction="maximize" if sweep.sign > 0 else "minimize",
             pruner=_pruner(search),
             load_if_exists=True,
         )

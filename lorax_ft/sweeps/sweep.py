@@ -71,7 +71,7 @@ def train(
             _hand_out(launch, task, {part.name: left[part.name] for part in waiting})
         rows = read_rows(directory)
         if rows:
-            print(results_table(rows, sweep.metric, sweep.mode))
+            print(results_table(rows, sweep.metric, sweep.sign))
         return rows
 
 

@@ -16,13 +16,12 @@ from lorax_ft.sweeps.statistics import Summary, compare, summarize
 Cell = str | float | int | None
 
 
-def results_table(rows: Sequence[Row], metric: str, mode: str) -> str:
+def results_table(rows: Sequence[Row], metric: str, sign: int) -> str:
     """The finished runs as lines of text, the best first."""
-    sign = -1 if mode == "max" else 1
 
     def order(row: Row) -> float:
         value = row.metric(metric)
-        return sign * value if math.isfinite(value) else math.inf
+        return -sign * value if math.isfinite(value) else math.inf
 
     shown = [
         {"run": row.name, metric: row.metric(metric), **_cost(row)}
@@ -52,28 +51,26 @@ def run_records(rows: Sequence[Row]) -> list[dict[str, Cell]]:
     return [{name: record.get(name) for name in names} for record in records]
 
 
-def settings_table(rows: Sequence[Row], metric: str, mode: str) -> list[dict[str, Cell]]:
+def settings_table(rows: Sequence[Row], metric: str, sign: int) -> list[dict[str, Cell]]:
     """A record for each setting: its mean over seeds, the deviation and the interval of the mean.
 
     Runs that differ in their seed alone are of one setting. The best setting is first.
     """
-    sign = -1 if mode == "max" else 1
     found = [
         (summary, setting)
         for setting, summary in summarize(_by_setting(rows, metric)).items()
         if summary.count
     ]
-    found.sort(key=lambda pair: sign * pair[0].mean)
+    found.sort(key=lambda pair: -sign * pair[0].mean)
     return [{"setting": setting, **_summary(summary)} for summary, setting in found]
 
 
-def comparisons_table(rows: Sequence[Row], metric: str, mode: str) -> list[dict[str, Cell]]:
+def comparisons_table(rows: Sequence[Row], metric: str, sign: int) -> list[dict[str, Cell]]:
     """Each method at its best setting against the best method at its own, paired by seed.
 
     One setting for all methods would compare settings. Settings are chosen by `metric`; what they
     are compared by is `judge(rows, metric)`, which no choice was made by where there is such a one.
     """
-    sign = -1 if mode == "max" else 1
     scores, held_out = _by_setting(rows, metric), _by_setting(rows, judge(rows, metric))
     chosen_by = summarize(scores)
     examples = {setting_of(row): row for row in rows}
@@ -81,10 +78,10 @@ def comparisons_table(rows: Sequence[Row], metric: str, mode: str) -> list[dict[
     for setting, row in examples.items():
         name = method_names(row.config)
         if chosen_by[setting].count and (
-            name not in best or sign * chosen_by[setting].mean < sign * chosen_by[best[name]].mean
+            name not in best or sign * chosen_by[setting].mean > sign * chosen_by[best[name]].mean
         ):
             best[name] = setting
-    ranked = sorted(best, key=lambda name: sign * chosen_by[best[name]].mean)
+    ranked = sorted(best, key=lambda name: -sign * chosen_by[best[name]].mean)
     summaries = summarize(held_out)
     records: list[dict[str, Cell]] = []
     for name in ranked:

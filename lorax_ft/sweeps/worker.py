@@ -110,7 +110,7 @@ def make_parts(
         if sweep.halving is not None:
             rungs = Rungs(sweep.halving, directory / GROUPS / group.name / "halving.json")
         metric = sweep.metric.partition(".")[2]
-        return ListQueue(waiting, rungs=rungs, metric=metric, mode=sweep.mode), len(waiting)
+        return ListQueue(waiting, rungs=rungs, metric=metric, sign=sweep.sign), len(waiting)
 
     return [
         Part(group=g, count=len(g.runs), open_queue=functools.partial(open_list, g))
@@ -237,8 +237,8 @@ def _keep_best(best: list[Any], slot: Slot, sweep: SweepConfig) -> None:
     part, _, name = sweep.metric.partition(".")
     if slot.evaluation is None or part != "validation" or name not in slot.evaluation.metrics:
         return
-    value, sign = slot.evaluation.metrics[name], 1 if sweep.mode == "max" else -1
-    if best[0] is None or sign * value > sign * best[0]:
+    value = slot.evaluation.metrics[name]
+    if best[0] is None or sweep.sign * value > sweep.sign * best[0]:
         best[:] = [value, slot.run.name]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from lorax_ft import evaluation
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -19,7 +21,7 @@ class TrainConfig:
     keep_last: int = 2  # checkpoints ...
     keep_best: int = 1  # ... and of those with the best `best_metric`
     best_metric: str | None = None  # a name that the evaluation returns
-    best_mode: str = "max"  # whether more of it ("max") or less of it ("min") is better
+    best_mode: str | None = None  # "max" or "min" of it is better; None: as its name says
     patience: int | None = None  # evaluations without a better `best_metric` that end the run
     max_nonfinite: int = 10  # steps, in all, that may be skipped for a loss that is not finite
     peak_flops: float | None = None  # of one device, for its utilisation; None: known devices only
@@ -38,7 +40,8 @@ class TrainConfig:
             value = getattr(self, field)
             self._check(field, value is None or value >= 1, "at least 1, or None")
         self._check("epochs", self.epochs > 0, "above 0")
-        self._check("best_mode", self.best_mode in ("max", "min"), '"max" or "min"')
+        modes = (None, *evaluation.MODES)
+        self._check("best_mode", self.best_mode in modes, '"max" or "min", or None')
         if self.patience is not None and self.best_metric is None:
             raise ValueError("TrainConfig.patience needs best_metric: better by which number?")
         if self.best_metric is not None and self.keep_best == 0:
@@ -49,6 +52,11 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig.{field} must be {expected}, got {getattr(self, field)!r}."
             )
+
+    @property
+    def best_sign(self) -> int:
+        """1 where more of `best_metric` is better, -1 where less is."""
+        return evaluation.sign_of(self.best_metric or "", self.best_mode)
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """How many steps the run takes."""
@@ -101,11 +109,7 @@ def with_evaluation(progress: Progress, found: dict[str, float], config: TrainCo
             f"{sorted(found)}."
         )
     value, best = found[config.best_metric], progress.best_value
-    better = (
-        value > best
-        if best is not None and config.best_mode == "max"
-        else best is None or value < best
-    )
+    better = best is None or config.best_sign * value > config.best_sign * best
     if not better or math.isnan(value):
         return dataclasses.replace(progress, without_improvement=progress.without_improvement + 1)
     return dataclasses.replace(
@@ -119,8 +123,7 @@ def score(progress: Progress, config: TrainConfig) -> float | None:
         return None
     if progress.evaluated != progress.step:
         return None
-    value = progress.evaluation[config.best_metric]
-    return value if config.best_mode == "max" else -value
+    return config.best_sign * progress.evaluation[config.best_metric]
 
 
 def check_nonfinite(count: int, step: int, config: TrainConfig) -> None:
