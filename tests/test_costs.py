@@ -107,9 +107,61 @@ ENTRY %main (shard: u8[4,8], x.1: f32[2]) -> f32[2] {
 """
 
 
+BESIDE = """
+HloModule jit_f, is_scheduled=true
+
+%beside (shard: u8[4,8], all: u8[16,8], x: bf16[3,4], k: bf16[4,5]) -> (bf16[3,5], u8[4,8]) {
+  %x = bf16[3,4]{1,0} parameter(2)
+  %k = bf16[4,5]{1,0} parameter(3)
+  %shard = u8[4,8]{1,0} parameter(0)
+  %all = u8[16,8]{1,0} parameter(1)
+  %y = bf16[3,5]{1,0} convolution(%x, %k), dim_labels=bf_io->bf
+  %gathered = u8[16,8]{1,0} all-gather(%shard), channel_id=7, replica_groups={{0,1,2,3}}
+  ROOT %both = (bf16[3,5]{1,0}, u8[4,8]{1,0}, u8[16,8]{1,0}) tuple(%y, %shard, %gathered)
+}
+
+ENTRY %main (shard.1: u8[4,8], all.1: u8[16,8], x.1: bf16[3,4], k.1: bf16[4,5]) -> bf16[3,5] {
+  %shard.1 = u8[4,8]{1,0} parameter(0)
+  %all.1 = u8[16,8]{1,0} parameter(1)
+  %x.1 = bf16[3,4]{1,0} parameter(2)
+  %k.1 = bf16[4,5]{1,0} parameter(3)
+  %fusion.1 = (bf16[3,5]{1,0}, u8[4,8]{1,0}, u8[16,8]{1,0}) fusion(%shard.1, %all.1, %x.1, %k.1), \
+kind=kOutput, calls=%beside, config={"estimated_cycles":"9223372036854775807"}
+  %begun = ((bf16[3,4]{1,0}), bf16[2,4]{1,0}, s32[]{:S(2)}) slice-start(%x.1), slice={[0:2]}, \
+config={"estimated_cycles":"7"}
+  %cut = bf16[2,4]{1,0} slice-done(%begun)
+  %room = u8[16,8]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %result = bf16[3,5]{1,0} get-tuple-element(%fusion.1), index=0
+}
+"""
+
+
 def test_what_is_sent_in_parts_beside_arithmetic_counts_once():
-    (row,) = costs.collectives(hlo.parse(PARTS), 4)
+    program = hlo.parse(PARTS)
+
+    (row,) = costs.collectives(program, 4)
+
     assert (row.kind, row.dtype, row.count, row.bytes) == ("all-gather", "u8", 2, 2 * 128)
+    gathers = 2 * (32 + 128)  # each reads a shard and writes the whole, in however many parts
+    beside, counting = 2 * 8, 3 * 4
+    assert costs.traffic(program) == gathers + 6 * (beside + counting)
+
+
+def test_what_a_communication_is_sent_beside_takes_what_its_product_takes():
+    """A TPU's compiler has no estimate of such a fusion and writes the largest integer, and the
+    fusion hands on arrays of the communication, which it does not move."""
+    program = hlo.parse(BESIDE)
+
+    product = 2 * 3 * 4 * 5
+    assert costs.cycles(program) == costs.Cycles(
+        total=7, by_kind={"begun": 7}, without={"fusion": 1}
+    )
+    assert costs.cycles(program, 4.0) == costs.Cycles(
+        total=product // 4 + 7, by_kind={"fusion": product // 4, "begun": 7}, without={}
+    )
+    x, kernel, y = 2 * 3 * 4, 2 * 4 * 5, 2 * 3 * 5
+    cut = 2 * (2 * 2 * 4)  # started by itself: what it takes, and leaves in main memory
+    assert costs.traffic(program) == x + kernel + y + (32 + 128) + cut
 
 
 @pytest.mark.parametrize(("axes", "joined"), [("'axis_1'", 4), ("'axis_0','axis_1'", 8)])

@@ -305,13 +305,17 @@ def test_on_a_mesh_each_device_multiplies_its_own_part(spec, monkeypatch):
 
         return jax.jit(both).trace(kernel, place(x, rows), place(dy, rows))
 
-    by_xla = str(traced().jaxpr)
+    plain = traced().jaxpr
+    by_xla, arithmetic = str(plain), count_flops(plain)
     monkeypatch.setattr(fused, "_runs_kernels", lambda mesh: True)
-    in_parts = str(traced().jaxpr)
+    own = traced().jaxpr
+    in_parts = str(own)
     y, dx = traced().lower().compile()(kernel, place(x, rows), place(dy, rows))
 
     assert "shard_map" not in by_xla
     assert in_parts.count("shard_map[") == in_parts.count("= four_bit_product") == 2
+    assert arithmetic == 2 * 2 * 24 * 512 * 256
+    assert count_flops(own) == arithmetic * (2 if spec == (None, None) else 1)  # both of "tensor"
     assert in_parts.count("psum") == (0 if spec == (None, None) else 1)
     for found, wanted in ((y, expected[0]), (dx, expected[1](dy)[0])):
         assert found.sharding.spec[0] == rows

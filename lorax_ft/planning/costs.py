@@ -17,10 +17,13 @@ _FREE = {
     *("async-start", "async-update", "async-done", "copy-done", "slice-done"),
 }
 _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
+_UNKNOWN = 2**63 - 1  # what stands there where the compiler has no estimate
 _KERNEL_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
+_KERNEL_LABELS = re.compile(r"dim_labels=\w+_(\w+)->")
 _FUSIONS = ("fusion", "fusion-start")  # the second, since JAX 0.11, runs beside others
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+_NAMES = {"AllocateBuffer", "ConcatBitcast"}  # calls that only say where arrays lie
 _SLICES = ("dynamic-slice", "gather", "slice")
 
 
@@ -66,12 +69,9 @@ def collectives(program: Program, devices: int) -> tuple[Collective, ...]:
     found: dict[tuple[str, str], list[float]] = {}
     for place, one, times in _communications(program):
         kind = one.opcode.removesuffix("-start")
-        operands = [a for name in one.operands if name in place for a in place[name].arrays]
-        into, out = (_bytes(arrays, any_space=True) for arrays in (operands, one.arrays))
-        if one.opcode != kind and kind != "all-reduce":  # its type holds the operands too
-            out -= into
-        size = max(into, out)
-        largest = max((*operands, *one.arrays), key=lambda array: array.bytes)
+        operands, results = _joined(place, one)
+        size = max(_bytes(arrays, any_space=True) for arrays in (operands, results))
+        largest = max((*operands, *results), key=lambda array: array.bytes)
         row = found.setdefault((kind, largest.dtype), [0, 0, 0.0])
         row[0] += times
         row[1] += size * times
@@ -87,19 +87,26 @@ def traffic(program: Program) -> int:
     """Bytes that a step reads and writes in a device's main memory, each array of a fusion once.
 
     Of an array that is only sliced or looked up, what is taken counts, and of one that is updated
-    in place, what is put in.
+    in place, what is put in. A communication counts once, whatever parts it is sent in.
     """
-    return sum(
+    computed = sum(
         times * _moved(program, instruction, computation)
         for instruction, computation, times in program.executed()
     )
+    communicated = sum(
+        times * _bytes(arrays)
+        for place, one, times in _communications(program)
+        for arrays in _joined(place, one)
+    )
+    return computed + communicated
 
 
 def cycles(program: Program, flops_per_cycle: float | None = None) -> Cycles | None:
     """The sum of the TPU compiler's estimates; None for a program of another compiler.
 
-    Kernels written in Pallas carry none. Those that tell their FLOPs count as these take at
-    `flops_per_cycle`, where it is given; the others are named in `without`.
+    Kernels written in Pallas carry none, nor do products that a communication is sent beside.
+    Those whose FLOPs are known count as these take at `flops_per_cycle`, where it is given; the
+    others are named in `without`.
     """
     by_kind: collections.Counter[str] = collections.Counter()
     for instruction, estimate, times in estimates(program):
@@ -111,7 +118,7 @@ def cycles(program: Program, flops_per_cycle: float | None = None) -> Cycles | N
         if flops and flops_per_cycle:
             by_kind[_kind(instruction)] += round(flops / flops_per_cycle) * times
         else:
-            without[_target(instruction)] += times
+            without[_target(instruction) or _kind(instruction)] += times
     return Cycles(
         total=sum(by_kind.values()), by_kind=dict(by_kind.most_common()), without=dict(without)
     )
@@ -120,16 +127,40 @@ def cycles(program: Program, flops_per_cycle: float | None = None) -> Cycles | N
 def estimates(program: Program) -> Iterator[tuple[Instruction, int, int]]:
     """(instruction, cycles of one run, how often it runs) of all that the compiler has told."""
     for instruction, _, times in program.executed():
-        if found := _ESTIMATE.search(instruction.attributes):
-            yield instruction, int(found.group(1)), times
+        if (cycles := _estimate(instruction)) not in (None, _UNKNOWN):
+            yield instruction, cycles, times
 
 
 def kernels(program: Program) -> Iterator[tuple[Instruction, int | None, int]]:
-    """(instruction, FLOPs of one run if it tells them, how often it runs) of all other calls."""
+    """(instruction, FLOPs of one run if they are known, how often it runs) of all other calls, and
+    of what the compiler says it has no estimate of."""
     for instruction, _, times in program.executed():
-        if _target(instruction) and not _ESTIMATE.search(instruction.attributes):
+        cycles = _estimate(instruction)
+        if cycles == _UNKNOWN:
+            yield instruction, _product_flops(program, instruction), times
+        elif cycles is None and _target(instruction) not in ("", *_NAMES):
             told = _KERNEL_FLOPS.search(instruction.attributes)
             yield instruction, int(told.group(1)) if told else None, times
+
+
+def _estimate(instruction: Instruction) -> int | None:
+    found = _ESTIMATE.search(instruction.attributes)
+    return int(found.group(1)) if found else None
+
+
+def _product_flops(program: Program, fusion: Instruction) -> int | None:
+    """Of the convolutions in a fusion, as which TPUs compute all products; None without one."""
+    inner = [program.computations.get(name, {}) for name in fusion.called]
+    return (
+        sum(
+            2 * result.size * kernel.size // kernel.shape[labels.group(1).index("o")]
+            for computation in inner
+            for one in computation.values()
+            if (labels := _KERNEL_LABELS.search(one.attributes)) and one.opcode == "convolution"
+            for (result,), (kernel,) in [(one.arrays, computation[one.operands[1]].arrays)]
+        )
+        or None
+    )
 
 
 def _target(instruction: Instruction) -> str:
@@ -179,16 +210,28 @@ def _group_size(instruction: Instruction, devices: int) -> int:
     return max(devices, 1)
 
 
+def _joined(place: Computation, one: Instruction) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """What a communication takes and gives, on one device."""
+    operands = tuple(a for name in one.operands if name in place for a in place[name].arrays)
+    # the type of one that is started holds its operands first, but for an all-reduce's
+    starts = one.opcode.endswith("-start") and one.opcode != "all-reduce-start"
+    return operands, one.arrays[len(operands) if starts else 0 :]
+
+
 def _moved(program: Program, instruction: Instruction, computation: Computation) -> int:
     opcode = instruction.opcode
-    if opcode in _FREE or (opcode.endswith("-done") and opcode != "fusion"):
+    if opcode in _FREE or opcode.endswith("-done") or _target(instruction) in _NAMES:
         return 0
+    if _communicates(instruction):
+        return 0  # `traffic` counts it apart
     operands = [computation[name] for name in instruction.operands if name in computation]
     if opcode in _FUSIONS:
         inner = program.computations.get(next(iter(instruction.called), ""), {})
         # the type of one that is started holds the operands, the results and its own context
         held = sum(len(operand.arrays) for operand in operands) if opcode != "fusion" else 0
         return _fusion(inner, instruction.arrays[held:], operands)
+    if opcode == "slice-start":  # its type holds the operand, what it cuts and a context
+        return _bytes(instruction.arrays[1:2], any_space=True) + _bytes(instruction.arrays[1:2])
     if opcode in _SLICES:
         return 2 * _bytes(instruction.arrays)
     if opcode == "dynamic-update-slice":
@@ -215,6 +258,8 @@ def _fusion(inner: Computation, outer: tuple[Array, ...], operands: list[Instruc
         if array.space:
             continue
         updated = _through_bitcasts(inner, result)
+        if updated.opcode == "parameter" or _communicates(updated):
+            continue  # handed on as it came
         in_place = updated.opcode == "dynamic-update-slice"
         total += _bytes(inner[updated.operands[1]].arrays) if in_place else array.bytes
     return total
@@ -230,9 +275,17 @@ def _read(inner: Computation, users: Mapping[str, list[Instruction]], name: str)
             total += _bytes(user.arrays, any_space=True)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
             continue  # stays where it is
+        elif _communicates(user) or (user.is_root and user.opcode == "tuple"):
+            continue  # handed on as it is
         else:
             return _bytes(inner[name].arrays, any_space=True)
     return total
+
+
+def _communicates(instruction: Instruction) -> bool:
+    """Whether it is a communication or where one begins or ends, which `traffic` counts apart."""
+    kind = instruction.opcode.removesuffix("-start")
+    return kind in COLLECTIVES or _target(instruction).startswith("AsyncCollective")
 
 
 def _through_bitcasts(inner: Computation, instruction: Instruction) -> Instruction:

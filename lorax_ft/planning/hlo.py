@@ -38,10 +38,14 @@ class Array:
     space: int = 0
 
     @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def bytes(self) -> int:
         """Without padding; types of eight bits with other names are floats of eight bits."""
         bits = BITS.get(self.dtype, 8 if self.dtype.startswith("f8") else 0)
-        return math.ceil(math.prod(self.shape) * bits / 8)
+        return math.ceil(self.size * bits / 8)
 
 
 @dataclasses.dataclass(frozen=True)

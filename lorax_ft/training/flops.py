@@ -23,7 +23,8 @@ def peak_flops(device: Any) -> float | None:
 
 
 def count_flops(jaxpr: Any) -> float:
-    """FLOPs of the matrix products and convolutions of a jaxpr, one multiply-add being two.
+    """FLOPs of the matrix products and convolutions of a jaxpr, one multiply-add being two; of all
+    devices together.
 
     Everything that a result needs counts, also what `remat` computes again. A `while` counts once
     and a `cond` as its dearest branch; kernels written in Pallas count nothing.
@@ -57,7 +58,12 @@ def _flops(equation: Any) -> float:
     inner = [_sum(jaxpr) for jaxpr in _inner(equation.params)]
     if name == "cond":
         return max(inner)
-    return equation.params["length"] * sum(inner) if name == "scan" else sum(inner)
+    if name == "scan":
+        return equation.params["length"] * sum(inner)
+    if name == "shard_map":  # its body is what one device does of the axes that it names
+        sizes, axes = equation.params["mesh"].shape, equation.params["newly_manual_axes"]
+        return math.prod(sizes[axis] for axis in axes) * sum(inner)
+    return sum(inner)
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:
