@@ -1,7 +1,6 @@
 """Attention gives the same numbers by every kernel, and each is chosen where it serves."""
 
 import functools
-import importlib.util
 import re
 
 import jax
@@ -14,12 +13,10 @@ from lorax_ft.models import attending
 from lorax_ft.models.attending import KERNELS, Kernel, Products, Seen, attend
 from lorax_ft.models.layers import ATTENTIONS
 from lorax_ft.training import MeshConfig, make_mesh
+from tests.compilers import needs_tpu_compiler
 
 BATCH, LENGTH = 2, 130  # a length that is no multiple of a TPU's lanes
 INTERPRETED = functools.partial(attending.splash, interpret=True)
-needs_tpu_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
-)
 
 
 def arrays(length: int = LENGTH, heads: int = 4, kv_heads: int = 2, batch: int = BATCH):

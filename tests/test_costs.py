@@ -1,7 +1,5 @@
 """Costs: what a compiled program moves, sends and takes is read right from its text."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from lorax_ft import planning
 from lorax_ft.planning import costs, hlo
+from tests.compilers import needs_tpu_compiler
 
 LOOP = """
 HloModule jit_f, is_scheduled=true
@@ -240,9 +239,7 @@ def test_communication_of_a_real_program_is_counted_by_kind_and_size():
     assert costs.traffic(hlo.parse(compiled.as_text())) >= 5 * 16 * 64 * 4  # its share of weights
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
-)
+@needs_tpu_compiler
 def test_a_tpu_sends_the_gathered_kernels_and_the_summed_products_and_no_more():
     layers, size, rows = 6, 2048, 4096
     target = planning.parse_target("tpu-v5e:4x4")

@@ -1,7 +1,6 @@
 """Fused products with a four-bit kernel: what is computed, and where."""
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +26,9 @@ from lorax_ft.quantization import (
     tpu_product,
 )
 from lorax_ft.training.flops import count_flops
+from tests.compilers import needs_gpu_compiler, needs_tpu_compiler
 
 IN, OUT = 512, 128
-needs_tpu_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
-)
-needs_gpu_compiler = pytest.mark.skipif(
-    not any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))),
-    reason="jax's CUDA plugin, the GPU compiler, is not installed",
-)
 
 
 def kernel_of(*stack, in_size=IN, out_size=OUT, kind="nf4", **options):

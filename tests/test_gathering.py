@@ -6,15 +6,19 @@ from typing import Any
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from lorax_ft import methods, training, trees
+from lorax_ft import methods, planning, training, trees
 from lorax_ft.adapted import make_outputs
 from lorax_ft.inspection import inspect
+from lorax_ft.methods.lora_leaf import LoRA
 from lorax_ft.models import LlamaConfig, build
 from lorax_ft.planning import costs, hlo
 from lorax_ft.quantization import QuantizationConfig, Quantized, fused, quantize
+from tests.compilers import needs_tpu_compiler
 
 LAYERS = 2
 MODEL = LlamaConfig(
@@ -131,3 +135,37 @@ def test_layers_under_a_scan_gather_one_at_a_time():
         if i.opcode.startswith("all-gather") and a.dtype == "u8"
     ]
     assert max(sizes) == 128 * 256 // 2  # of the largest kernel of one layer
+
+
+@needs_tpu_compiler
+def test_a_tpu_gathers_an_adapters_factors_whole():
+    """Left to itself its compiler sends their shards round the devices, a piece of the product
+    beside each: hundreds of small communications a layer."""
+    target = planning.parse_target("tpu-v5e:4x4")
+    planning.prepare_process(target)
+    mesh = training.make_mesh(training.MeshConfig(fsdp=16), planning.compiler(target).devices)
+
+    def place(shape, *spec, dtype=jnp.bfloat16):
+        lies = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=lies)
+
+    size, rank = 2048, 16
+    lora = LoRA(
+        base=place((size, size), "fsdp"),
+        a=place((rank, size), None, "fsdp"),
+        b=place((rank, size)),
+        scale=place((), dtype=np.float32),
+        rank=place((), dtype=np.int32),
+    )
+    params = training.gathered({"layers": {"up": {"kernel": lora}}}, mesh)
+    x = place((16 * 512, size), "fsdp")
+
+    def step(lora, x, dy):
+        y, pull = jax.vjp(lambda a, b, x: lora.replace(a=a, b=b).linear(x), lora.a, lora.b, x)
+        return y, pull(dy)
+
+    compiled = jax.jit(step).trace(params["layers"]["up"]["kernel"], x, x).lower().compile()
+
+    rows = costs.collectives(hlo.parse(compiled.as_text()), mesh.size)
+    assert {row.kind for row in rows} == {"all-gather", "all-reduce"}
+    assert sum(row.count for row in rows) < 10

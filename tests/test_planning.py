@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import pathlib
 
@@ -20,16 +19,10 @@ from lorax_ft.planning import command, search, shapes, suggestions, targets
 from lorax_ft.planning.plan import largest_logits, make_plan, on_mesh, refusal_of
 from lorax_ft.training import MeshConfig
 from lorax_ft.training.flops import PEAK_FLOPS
+from tests.compilers import needs_gpu_compiler, needs_tpu_compiler
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4, "vocab_size": 512}
 SIZES |= {"intermediate_size": 128, "max_position_embeddings": 256, "num_key_value_heads": 2}
-needs_tpu_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
-)
-needs_gpu_compiler = pytest.mark.skipif(
-    not any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))),
-    reason="jax's CUDA plugin, the GPU compiler, is not installed",
-)
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,18 @@
 """What a linear layer costs by a TPU compiler's estimates stays low."""
 
-import importlib.util
+import importlib
 import os
 import pathlib
 import re
 import subprocess
 import sys
 
-import pytest
+from tests.compilers import needs_tpu_compiler
 
 TARGETS = pathlib.Path(__file__).resolve().parent.parent / "experiments" / "targets"
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
-)
+@needs_tpu_compiler
 def test_a_linear_layer_costs_a_tpu_no_more_than_it_did():
     """By shares of the frozen layer, so that another compiler's model moves both."""
     command = [sys.executable, str(TARGETS / "linear.py"), "--targets=v5p", "--only=LoRA"]

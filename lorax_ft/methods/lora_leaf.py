@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from lorax_ft.axes import even
 from lorax_ft.leaves import PRODUCT, Array, dense, from_matrix, leaf, static_field
 from lorax_ft.methods.dropping import drop
 from lorax_ft.methods.wrapper import (
@@ -47,6 +48,7 @@ class LoRA(Wrapper):
     )
     key: Array | None = None  # [*stack] PRNG keys; None: evaluation, nothing is dropped
     base_in_axes: tuple[int, ...] = static_field(default=(-2,))
+    within_product: NamedSharding | None = static_field(default=None)  # of the core
 
     trainable: ClassVar[tuple[str, ...]] = ("a", "b")
 
@@ -58,7 +60,8 @@ class LoRA(Wrapper):
         options = (precision, preferred_element_type)
         rows = x.reshape(-1, x.shape[-1])
         base = matrix_of(self.base, self.in_axes)
-        y: Any = _linear(options, base, self.a, self.b, self.scale, rows, *self._dropping())
+        a, b = self._gathered()
+        y: Any = _linear(options, base, a, b, self.scale, rows, *self._dropping())
         return y.reshape(*x.shape[:-1], -1)
 
     def linear_transposed(self, x: Array, *, precision=None, preferred_element_type=None) -> Array:
@@ -96,6 +99,23 @@ class LoRA(Wrapper):
             dropout=None if self.dropout is None else stack,
             key=None if self.key is None else stack,
         )
+
+    def gathered_as(self, sharding: NamedSharding) -> LoRA:
+        return super().gathered_as(sharding).replace(within_product=sharding)
+
+    def _gathered(self) -> tuple[Array, Array]:
+        """The factors as they lie within a product. Left to itself XLA for TPU sends small shards
+        round the devices one by one, each beside a piece of the product."""
+        if self.within_product is None:
+            return self.a, self.b
+        mesh, spec = self.within_product.mesh, self.within_product.spec
+
+        def place(factor: Array, spec: PartitionSpec) -> Array:
+            lies = NamedSharding(mesh, even(spec, factor.shape, mesh))
+            return lax.with_sharding_constraint(factor, lies)
+
+        a, b, _ = factor_specs(spec, 0, len(self.core_shape), self.in_axes)
+        return place(self.a, a), place(self.b, b)
 
     def trainable_count(self) -> int:
         return factor_count(self.a, self.b, self.rank)
