@@ -145,7 +145,7 @@ def test_a_tpu_gathers_an_adapters_factors_whole():
     planning.prepare_process(target)
     mesh = training.make_mesh(training.MeshConfig(fsdp=16), planning.compiler(target).devices)
 
-    def place(shape, *spec, dtype=jnp.bfloat16):
+    def place(shape, *spec, dtype: Any = jnp.bfloat16) -> Any:
         lies = NamedSharding(mesh, PartitionSpec(*spec))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=lies)
 
@@ -166,6 +166,6 @@ def test_a_tpu_gathers_an_adapters_factors_whole():
 
     compiled = jax.jit(step).trace(params["layers"]["up"]["kernel"], x, x).lower().compile()
 
-    rows = costs.collectives(hlo.parse(compiled.as_text()), mesh.size)
+    rows = costs.collectives(hlo.parse(str(compiled.as_text())), mesh.size)
     assert {row.kind for row in rows} == {"all-gather", "all-reduce"}
     assert sum(row.count for row in rows) < 10
