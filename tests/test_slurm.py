@@ -111,6 +111,19 @@ def await_words(directory, words, *command):
         time.sleep(0.1)
 
 
+def test_while_slurm_does_not_answer_its_jobs_count_as_running(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(launchers, "QUEUE_POLL", 0.0)
+    squeue, queue = tmp_path / "squeue", launchers.SlurmQueue(ids={"7"})
+    squeue.touch(mode=0o755)
+
+    squeue.write_text("#!/bin/sh\nexit 1\n")
+    assert queue.has("7")
+    squeue.write_text("#!/bin/sh\necho 8\n")
+    assert not queue.has("7")
+    assert queue.has("8")
+
+
 @pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)}: install slurm-wlm and munge")
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a Slurm")
 def test_jobs_killed_and_requeued_end_in_the_undisturbed_table(

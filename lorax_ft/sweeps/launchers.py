@@ -181,7 +181,8 @@ def open_slurm(
         return job
 
     def end(job: Any) -> End | None:
-        if not job.done() if queue is None else queue.has(job.job_id):
+        is_under_way = not job.done() if queue is None else queue.has(job.job_id)
+        if is_under_way:
             return None
         running.remove(job)
         if queue is not None and not job.paths.result_pickle.exists():
@@ -203,16 +204,17 @@ def open_slurm(
 
 @dataclasses.dataclass
 class SlurmQueue:
-    """The jobs of this user that wait or run, as squeue tells; asked for every `QUEUE_POLL` s.
+    """The jobs of this user that wait or run, as squeue tells.
 
-    submitit's own way is sacct, which tells nothing where a cluster has no accounting, and it takes
-    a job for ended that has stopped and that Slurm has put back in its queue.
+    submitit asks sacct, which tells nothing where a cluster has no accounting, and takes a job for
+    ended that has stopped and that Slurm has put back in its queue.
     """
 
     ids: set[str] = dataclasses.field(default_factory=set)
-    asked: float = -math.inf
+    asked: float = -math.inf  # when, by the monotonic clock
 
     def has(self, job: str) -> bool:
+        """Whether a job is among them; squeue is asked anew after `QUEUE_POLL` seconds."""
         if time.monotonic() - self.asked >= QUEUE_POLL:
             self.asked = time.monotonic()
             command = ["squeue", "--all", "--noheader", "--format=%A", f"--user={os.getuid()}"]
