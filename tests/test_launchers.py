@@ -171,6 +171,7 @@ def test_a_launcher_that_cannot_be_is_named(
     config, tmp_path, monkeypatch, launcher, resources, kind, message
 ):
     monkeypatch.setenv("RAY_ADDRESS", "localhost:9")
+    monkeypatch.setenv("PATH", str(tmp_path))  # which has no sbatch
     if package := {"ray": "ray", "slurm": "submitit"}.get((launcher or "").partition(":")[0]):
         pytest.importorskip(package)
 

@@ -14,6 +14,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import pickle
@@ -33,6 +34,7 @@ from lorax_ft.sweeps.directory import JOBS
 from lorax_ft.sweeps.worker import Task
 
 POLL = 0.2  # seconds between looks at workers
+QUEUE_POLL = 10.0  # seconds between questions to Slurm, which all users of a cluster ask
 ALL = 0.9  # of an accelerator's memory, for all workers: programs and libraries take some too
 WORKER = (
     "import pickle, sys; task, name = pickle.load(sys.stdin.buffer); "
@@ -169,15 +171,23 @@ def open_slurm(
         executor.update_parameters(**{"name": "lorax-ft", "timeout_min": 60, **resources})
     except (NameError, AssertionError, ValueError) as error:
         raise ValueError(f"--launcher=slurm: resources {dict(resources)}: {error}") from error
-    jobs = []
+    running, queue = [], SlurmQueue() if executor.cluster == "slurm" else None
 
     def submit(task: Task, name: str) -> Any:
-        jobs.append(executor.submit(Requeued(task), name))
-        return jobs[-1]
+        job = executor.submit(Requeued(task), name)
+        running.append(job)
+        if queue is not None:
+            queue.ids.add(job.job_id)
+        return job
 
     def end(job: Any) -> End | None:
-        if not job.done():
+        is_under_way = not job.done() if queue is None else queue.has(job.job_id)
+        if is_under_way:
             return None
+        running.remove(job)
+        if queue is not None and not job.paths.result_pickle.exists():
+            said = f"its job {job.job_id} ended without a result; its log is {job.paths.stderr}"
+            return End(said, again=True)
         try:
             return job.result()
         except submitit.core.utils.FailedJobError as error:
@@ -188,9 +198,30 @@ def open_slurm(
     try:
         yield lambda task, names: _await(functools.partial(submit, task), end, names, len(names))
     finally:
-        for job in jobs:
-            if not job.done():
-                job.cancel()
+        for job in running:
+            job.cancel(check=False)
+
+
+@dataclasses.dataclass
+class SlurmQueue:
+    """The jobs of this user that wait or run, as squeue tells.
+
+    submitit asks sacct, which tells nothing where a cluster has no accounting, and takes a job for
+    ended that has stopped and that Slurm has put back in its queue.
+    """
+
+    ids: set[str] = dataclasses.field(default_factory=set)
+    asked: float = -math.inf  # when, by the monotonic clock
+
+    def has(self, job: str) -> bool:
+        """Whether a job is among them; squeue is asked anew after `QUEUE_POLL` seconds."""
+        if time.monotonic() - self.asked >= QUEUE_POLL:
+            self.asked = time.monotonic()
+            command = ["squeue", "--all", "--noheader", "--format=%A", f"--user={os.getuid()}"]
+            told = subprocess.run(command, capture_output=True, text=True)
+            if told.returncode == 0:  # else Slurm is away for a while, and its jobs go on
+                self.ids = set(told.stdout.split())
+        return job in self.ids
 
 
 LAUNCHERS = {"local": open_local, "ray": open_ray, "slurm": open_slurm}
