@@ -1,6 +1,7 @@
 """Paged optimizers: the unpaged one's bits, states in the host's memory, one page on the device."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,13 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lorax_ft import trees
+from lorax_ft import planning, trees
 from lorax_ft.methods.adalora import AdaLoraConfig
 from lorax_ft.training import checkpoints, host_memory, paging
 from lorax_ft.training.allocation import allocate_budget
 from lorax_ft.training.objectives import OBJECTIVES
 from lorax_ft.training.optimizers import OptimizerConfig, build_optimizer
-from lorax_ft.training.paging import page, pages, start_optimizer
+from lorax_ft.training.paging import page, pages, start_optimizer, state_shardings
 from lorax_ft.training.sharding import MeshConfig, Rule, make_mesh, shard, shardings_of
 from lorax_ft.training.step import make_train_step
 
@@ -25,6 +26,9 @@ KEY = jax.random.key(0)
 HOST = "pinned_host"
 OPTIONS = {"learning_rate": 0.01, "weight_decay": 0.01, "no_decay": (".*bias",), "clip_norm": 0.1}
 BOTH = OptimizerConfig(paged=True, state_dtype="int8", **OPTIONS)
+needs_tpu_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -42,12 +46,12 @@ def apply(params, inputs, key):
     return x @ params["head"]["kernel"] + params["head"]["bias"].reshape(1, 1, -1)
 
 
-def make_params():
+def make_params(layers: int = LAYERS):
     keys = jax.random.split(jax.random.key(1), 3)
     normal = lambda key, *shape: 0.05 * jax.random.normal(key, shape)
     return {
         "embedding": normal(keys[0], VOCABULARY, WIDTH),
-        "layers": {"kernel": normal(keys[1], LAYERS, WIDTH, WIDTH)},
+        "layers": {"kernel": normal(keys[1], layers, WIDTH, WIDTH)},
         "head": {"kernel": normal(keys[2], WIDTH, VOCABULARY), "bias": jnp.zeros(VOCABULARY)},
     }
 
@@ -245,6 +249,50 @@ def test_a_host_without_room_is_refused_with_both_figures_before_anything_is_mad
     # two float32 states of an embedding, two layers and a head
     with pytest.raises(MemoryError, match=r"4,980,736 bytes .* and 1,000 bytes"):
         start_optimizer(tx, make_params())
+
+
+@pytest.fixture
+def no_cache():
+    """Without the compilation cache: what is compiled for no device is not read back."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+@needs_tpu_compiler
+@pytest.mark.usefixtures("no_cache")
+@pytest.mark.parametrize("chip", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_a_tpus_compiler_pages_states_and_has_none_among_its_temporaries(chip):
+    target = planning.parse_target(f"tpu-{chip}")
+    planning.prepare_process(target)
+    mesh = make_mesh(MeshConfig(), planning.compiler(target).devices[:1])
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def at(tree, shardings=None):
+        shardings = jax.tree.map(lambda _: everywhere, tree) if shardings is None else shardings
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+        )
+
+    params = at(jax.eval_shape(functools.partial(make_params, layers=128)))
+    train, frozen = trees.partition(params, ".*")
+    given = frozen, at(make_batch(0)), at(jax.eval_shape(lambda: KEY))
+
+    def memory_of(config: OptimizerConfig):
+        tx = build_optimizer(config, total_steps=10)
+        state = jax.eval_shape(tx.init, train)
+        lies = state_shardings(tx, state, train, mesh)
+        step = make_train_step(apply, OBJECTIVE, tx, out_shardings=(shardings_of(train), lies))
+        return step.lower(train, at(state, lies), *given).compile().memory_analysis()
+
+    full = memory_of(OptimizerConfig(paged=True, **OPTIONS))
+    codes = memory_of(BOTH)
+
+    moments = 2 * sum(x.size for x in jax.tree.leaves(train) if x.ndim > 1)
+    found = [(x.host_argument_size_in_bytes, x.host_temp_size_in_bytes) for x in (full, codes)]
+    assert found == [(4 * moments, 0), (moments, 0)]
+    # a page of codes is decoded in more parts than one of float32; all codes would be `moments`
+    assert codes.temp_size_in_bytes < full.temp_size_in_bytes + moments / 2
 
 
 def test_what_is_available_is_the_least_that_the_machine_and_its_container_have(tmp_path):
