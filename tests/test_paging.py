@@ -1,5 +1,6 @@
 """Paged optimizers: the unpaged one's bits, states in the host's memory, one page on the device."""
 
+import dataclasses
 import functools
 import importlib.util
 
@@ -215,7 +216,10 @@ def test_any_optimizer_of_optax_can_be_paged(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), left_state, right_state)
 
 
-def test_a_resumed_run_has_the_same_bits_and_its_states_lie_where_they_did(tmp_path):
+@pytest.mark.parametrize("paged", [True, False])
+def test_a_resumed_run_has_the_same_bits_paged_or_not_and_its_states_lie_where_it_says(
+    paged, tmp_path
+):
     identity = checkpoints.Identity(config="", base="")
     train, opt_state, _ = run(BOTH, steps=3)
     snapshot = checkpoints.Snapshot(
@@ -224,11 +228,11 @@ def test_a_resumed_run_has_the_same_bits_and_its_states_lie_where_they_did(tmp_p
     with checkpoints.open_store(tmp_path, identity) as store:
         checkpoints.save(store, snapshot)
         checkpoints.wait(store)
-        fresh, frozen, empty, step = begin(BOTH)
+        fresh, frozen, empty, step = begin(dataclasses.replace(BOTH, paged=paged))
         found = checkpoints.restore(store, fresh, empty)
 
     assert found is not None
-    assert shardings_of(found.opt_state) == shardings_of(opt_state)
+    assert shardings_of(found.opt_state) == shardings_of(empty)
     last = step(found.train, found.opt_state, frozen, make_batch(3), KEY)
     check_same_bits(last[:2], run(BOTH, steps=4)[:2])
 
