@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -105,7 +105,7 @@ def stored_shape(shape: tuple[int, ...], stacked: bool) -> tuple[int, ...]:
     return shape if left else (*lead, groups, GROUP, width)
 
 
-def stored_axes(axes: Sequence[Any], shape: tuple[int, ...], stacked: bool) -> tuple[Any, ...]:
+def stored_axes(axes: Iterable[Any], shape: tuple[int, ...], stacked: bool) -> tuple[Any, ...]:
     """What is said of the axes of a parameter, such as a mesh's names, of those of its codes."""
     axes = (*axes, *[None] * (len(shape) - len(axes)))
     stored = stored_shape(shape, stacked)

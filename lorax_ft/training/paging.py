@@ -22,7 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lorax_ft import trees
 from lorax_ft.axes import even
 from lorax_ft.training import clipping, host_memory
-from lorax_ft.training.blockwise import BLOCK, GROUP, LANES, Blocks, is_blocks, stored_axes
+from lorax_ft.training.blockwise import BLOCK, GROUP, LANES, is_blocks, stored_axes
 from lorax_ft.training.sharding import replicate
 from lorax_ft.training.states import is_stacked, map_states
 
@@ -140,7 +140,9 @@ def state_shardings(tx: Any, state: PyTree, train: PyTree, mesh: Mesh) -> PyTree
         if not is_blocks(value):
             return lies(value, spec, kind)
         of_codes = PartitionSpec(*stored_axes(spec, shape, is_stacked(path)))
-        return Blocks(lies(value.codes, of_codes, kind), lies(value.absmax, spec, None))
+        return value._replace(
+            codes=lies(value.codes, of_codes, kind), absmax=lies(value.absmax, spec, None)
+        )
 
     placed = map_states(place, train, state, is_leaf=is_blocks)
     everywhere = NamedSharding(mesh, PartitionSpec())
