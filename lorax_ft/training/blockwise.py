@@ -107,11 +107,11 @@ def stored_shape(shape: tuple[int, ...], stacked: bool) -> tuple[int, ...]:
 
 def stored_axes(axes: Iterable[Any], shape: tuple[int, ...], stacked: bool) -> tuple[Any, ...]:
     """What is said of the axes of a parameter, such as a mesh's names, of those of its codes."""
-    axes = (*axes, *[None] * (len(shape) - len(axes)))
-    stored = stored_shape(shape, stacked)
+    given, stored = tuple(axes), stored_shape(shape, stacked)
+    given += (None,) * (len(shape) - len(given))
     if stored == shape:
-        return axes
-    return (*axes[:-1], None, axes[-1] if stored[-1] == shape[-1] else None)
+        return given
+    return (*given[:-1], None, given[-1] if stored[-1] == shape[-1] else None)
 
 
 def encode(values: Array, signed: bool, stacked: bool = False) -> Blocks:
