@@ -10,7 +10,15 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lorax_ft.quantization.codebooks import dynamic_map
-from lorax_ft.training.blockwise import Blocks, decode, encode, in_eight_bits, is_blocks
+from lorax_ft.training.blockwise import (
+    Blocks,
+    decode,
+    encode,
+    in_eight_bits,
+    is_blocks,
+    stored_axes,
+    stored_shape,
+)
 from lorax_ft.training.optimizers import OptimizerConfig, build_optimizer
 from lorax_ft.training.sharding import MeshConfig, Rule, make_mesh, shard
 from tests.golden.moments import SHAPES, gradient, parameters
@@ -132,7 +140,7 @@ def test_small_tensors_stay_float32_and_each_layer_has_blocks_of_its_own():
     shapes = jax.tree.map(lambda x: (x.dtype.name, x.shape), state.nu)
     assert shapes["layers"]["kernel"] == (("uint8", (3, 50, 100)), ("float32", (3, 20)))
     assert shapes["layers"]["small"] == ("float32", (9, 4095))
-    assert shapes["head"]["kernel"] == (("uint8", (4, 1024)), ("float32", (4, 4)))
+    assert shapes["head"]["kernel"] == (("uint8", (4, 8, 128)), ("float32", (4, 4)))
     assert shapes["head"]["bias"] == ("float32", (4095,))
 
     values = jax.random.normal(jax.random.key(0), (3, 50, 100))
@@ -140,6 +148,31 @@ def test_small_tensors_stay_float32_and_each_layer_has_blocks_of_its_own():
     stacked = encode(values, True, stacked=True)
     assert all(np.array_equal(stacked.codes[i], one.codes) for i, one in enumerate(each))
     assert np.array_equal(decode(stacked, True, stacked=True)[1], decode(each[1], True))
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "stored", "axes"),
+    [
+        ("head", (24, 256), (3, 8, 256), ("rows", None, "columns")),
+        ("layers/kernel", (3, 24, 256), (3, 3, 8, 256), (None, "rows", None, "columns")),
+        ("layers/a", (3, 512, 64), (3, 32, 8, 128), (None, "rows", None, None)),  # no whole lanes
+        ("layers/b", (3, 4, 1024), (3, 4, 8, 128), (None, "rows", None, None)),  # no eight rows
+        ("head", (10, 1000), (10, 1000), ("rows", "columns")),
+        ("layers/scale", (16, 8192), (16, 8192), ("rows", "columns")),
+    ],
+)
+def test_a_state_has_its_codes_in_groups_of_eight_rows_in_the_same_order(path, shape, stored, axes):
+    stacked = path.startswith("layers/")
+    params = {path: jax.random.normal(jax.random.key(0), shape)}
+    tx = in_eight_bits(optax.trace(0.9))
+
+    start = tx.init(params).trace[path].codes
+    codes = tx.update(params, tx.init(params))[1].trace[path].codes
+
+    assert start.shape == codes.shape == stored == stored_shape(shape, stacked)
+    assert np.array_equal(codes.reshape(shape), encode(params[path], True, stacked).codes)
+    named = (None,) * (len(shape) - 2) + ("rows", "columns")
+    assert stored_axes(named, shape, stacked) == axes
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd"])

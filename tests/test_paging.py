@@ -1,6 +1,8 @@
 """Paged optimizers: the unpaged one's bits, states in the host's memory, one page on the device."""
 
+import dataclasses
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -9,27 +11,30 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lorax_ft import trees
+from lorax_ft import planning, trees
 from lorax_ft.methods.adalora import AdaLoraConfig
 from lorax_ft.training import checkpoints, host_memory, paging
 from lorax_ft.training.allocation import allocate_budget
 from lorax_ft.training.objectives import OBJECTIVES
 from lorax_ft.training.optimizers import OptimizerConfig, build_optimizer
-from lorax_ft.training.paging import page, pages, start_optimizer
+from lorax_ft.training.paging import page, pages, start_optimizer, state_shardings
 from lorax_ft.training.sharding import MeshConfig, Rule, make_mesh, shard, shardings_of
 from lorax_ft.training.step import make_train_step
 
-VOCABULARY, WIDTH, LAYERS = 100, 512, 2  # half a row is a block of eight-bit states
+VOCABULARY, WIDTH, LAYERS = 96, 512, 2  # half a row is a block of eight-bit states
 OBJECTIVE = OBJECTIVES["causal_lm"]
 KEY = jax.random.key(0)
 HOST = "pinned_host"
 OPTIONS = {"learning_rate": 0.01, "weight_decay": 0.01, "no_decay": (".*bias",), "clip_norm": 0.1}
 BOTH = OptimizerConfig(paged=True, state_dtype="int8", **OPTIONS)
+needs_tpu_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
+)
 
 
 @pytest.fixture(autouse=True)
 def small_pages(monkeypatch):
-    """Pages and arrays of which a toy has several: of its embedding, four pages."""
+    """Pages and arrays of which a toy has several: of its embedding, three pages."""
     monkeypatch.setattr(paging, "PAGE", 2**14)
     monkeypatch.setattr(paging, "SMALLEST", 20_000)
 
@@ -42,12 +47,12 @@ def apply(params, inputs, key):
     return x @ params["head"]["kernel"] + params["head"]["bias"].reshape(1, 1, -1)
 
 
-def make_params():
+def make_params(layers: int = LAYERS):
     keys = jax.random.split(jax.random.key(1), 3)
     normal = lambda key, *shape: 0.05 * jax.random.normal(key, shape)
     return {
         "embedding": normal(keys[0], VOCABULARY, WIDTH),
-        "layers": {"kernel": normal(keys[1], LAYERS, WIDTH, WIDTH)},
+        "layers": {"kernel": normal(keys[1], layers, WIDTH, WIDTH)},
         "head": {"kernel": normal(keys[2], WIDTH, VOCABULARY), "bias": jnp.zeros(VOCABULARY)},
     }
 
@@ -63,6 +68,18 @@ RULES = [
     Rule(pattern=".*layers/kernel", spec=PartitionSpec("fsdp", "tensor")),
     Rule(pattern=".*", spec=PartitionSpec()),
 ]
+
+
+LYING = {  # by RULES; rows of codes are in groups of eight
+    "parameter": {
+        "embedding": PartitionSpec("tensor", "fsdp"),
+        "layers/kernel": PartitionSpec(None, "fsdp", "tensor"),
+    },
+    "int8": {
+        "embedding": PartitionSpec("tensor", None, "fsdp"),
+        "layers/kernel": PartitionSpec(None, "fsdp", None, "tensor"),
+    },
+}
 
 
 @functools.cache
@@ -120,14 +137,12 @@ def test_on_a_mesh_too_and_paged_states_lie_on_the_host_as_their_parameters(stat
     paged = run(OptimizerConfig(paged=True, **options), on_mesh=True)
 
     check_same_bits(unpaged, paged)
-    train, opt_state, _ = paged
-    mu = next(part for part in opt_state if hasattr(part, "mu")).mu
-    for path in ("embedding", "layers/kernel"):
-        lies = trees.flatten_arrays(train)[path].sharding
-        states = {p: x for p, x in trees.flatten_arrays(mu).items() if p.startswith(path)}
-        assert {x.sharding.memory_kind for x in states.values()} == {HOST}
-        codes = states.pop(path if state_dtype == "parameter" else f"{path}/codes")
-        assert codes.sharding.spec == lies.spec
+    mu = next(part for part in paged[1] if hasattr(part, "mu")).mu
+    states = {"embedding": mu["embedding"], "layers/kernel": mu["layers"]["kernel"]}
+    if state_dtype == "int8":
+        states = {path: blocks.codes for path, blocks in states.items()}
+    assert {x.sharding.memory_kind for x in states.values()} == {HOST}
+    assert {path: x.sharding.spec for path, x in states.items()} == LYING[state_dtype]
 
 
 def test_what_is_paged_stays_in_the_hosts_memory_and_nothing_else_goes_there():
@@ -135,7 +150,26 @@ def test_what_is_paged_stays_in_the_hosts_memory_and_nothing_else_goes_there():
 
     kinds = {path: x.sharding.memory_kind for path, x in trees.flatten_arrays(opt_state).items()}
     host = {path for path, kind in kinds.items() if kind == HOST}
-    assert host == {p for p in kinds if "bias" not in p and ("/mu/" in p or "/nu/" in p)}
+    assert host == {p for p in kinds if p.endswith("/codes")}
+    assert len(host) == 2 * 3  # embedding, layers and head; the bias is small
+
+
+def test_states_of_vectors_and_of_layers_that_are_no_whole_groups_of_rows_stay_on_the_device():
+    params = {
+        "layers": {
+            "scale": jnp.ones((8, 4096)),
+            "a": jnp.ones((8, 3000, 1)),
+            "b": jnp.ones((8, 2, 4096)),
+        },
+        "head": {"kernel": jnp.ones((1001, 100)), "bias": jnp.ones(30_000)},
+    }
+    state = start_optimizer(build_optimizer(OptimizerConfig(paged=True), total_steps=10), params)
+
+    kinds = {path: x.sharding.memory_kind for path, x in trees.flatten_arrays(state).items()}
+    assert {path.split("/", 2)[-1] for path, kind in kinds.items() if kind == HOST} == {
+        "layers/b",
+        "head/kernel",
+    }
 
 
 def test_layers_are_turned_together_other_arrays_by_rows_and_the_rest_at_once():
@@ -145,7 +179,7 @@ def test_layers_are_turned_together_other_arrays_by_rows_and_the_rest_at_once():
 
     assert [(sorted(group.paths), group.rows, group.size) for group in found] == [
         (["layers/kernel"], 1, LAYERS),
-        (["embedding"], 25, VOCABULARY),
+        (["embedding"], 32, VOCABULARY),
     ]  # the head's rows are no whole blocks, and its bias is small
 
 
@@ -182,7 +216,10 @@ def test_any_optimizer_of_optax_can_be_paged(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), left_state, right_state)
 
 
-def test_a_resumed_run_has_the_same_bits_and_its_states_lie_where_they_did(tmp_path):
+@pytest.mark.parametrize("paged", [True, False])
+def test_a_resumed_run_has_the_same_bits_paged_or_not_and_its_states_lie_where_it_says(
+    paged, tmp_path
+):
     identity = checkpoints.Identity(config="", base="")
     train, opt_state, _ = run(BOTH, steps=3)
     snapshot = checkpoints.Snapshot(
@@ -191,11 +228,11 @@ def test_a_resumed_run_has_the_same_bits_and_its_states_lie_where_they_did(tmp_p
     with checkpoints.open_store(tmp_path, identity) as store:
         checkpoints.save(store, snapshot)
         checkpoints.wait(store)
-        fresh, frozen, empty, step = begin(BOTH)
+        fresh, frozen, empty, step = begin(dataclasses.replace(BOTH, paged=paged))
         found = checkpoints.restore(store, fresh, empty)
 
     assert found is not None
-    assert shardings_of(found.opt_state) == shardings_of(opt_state)
+    assert shardings_of(found.opt_state) == shardings_of(empty)
     last = step(found.train, found.opt_state, frozen, make_batch(3), KEY)
     check_same_bits(last[:2], run(BOTH, steps=4)[:2])
 
@@ -214,8 +251,52 @@ def test_a_host_without_room_is_refused_with_both_figures_before_anything_is_mad
     tx = build_optimizer(OptimizerConfig(paged=True), total_steps=10)
 
     # two float32 states of an embedding, two layers and a head
-    with pytest.raises(MemoryError, match=r"5,013,504 bytes .* and 1,000 bytes"):
+    with pytest.raises(MemoryError, match=r"4,980,736 bytes .* and 1,000 bytes"):
         start_optimizer(tx, make_params())
+
+
+@pytest.fixture
+def no_cache():
+    """Without the compilation cache: what is compiled for no device is not read back."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+@needs_tpu_compiler
+@pytest.mark.usefixtures("no_cache")
+@pytest.mark.parametrize("chip", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_a_tpus_compiler_pages_states_and_has_none_among_its_temporaries(chip):
+    target = planning.parse_target(f"tpu-{chip}")
+    planning.prepare_process(target)
+    mesh = make_mesh(MeshConfig(), planning.compiler(target).devices[:1])
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def at(tree, shardings=None):
+        shardings = jax.tree.map(lambda _: everywhere, tree) if shardings is None else shardings
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+        )
+
+    params = at(jax.eval_shape(functools.partial(make_params, layers=128)))
+    train, frozen = trees.partition(params, ".*")
+    given = frozen, at(make_batch(0)), at(jax.eval_shape(lambda: KEY))
+
+    def memory_of(config: OptimizerConfig):
+        tx = build_optimizer(config, total_steps=10)
+        state = jax.eval_shape(tx.init, train)
+        lies = state_shardings(tx, state, train, mesh)
+        step = make_train_step(apply, OBJECTIVE, tx, out_shardings=(shardings_of(train), lies))
+        return step.lower(train, at(state, lies), *given).compile().memory_analysis()
+
+    full = memory_of(OptimizerConfig(paged=True, **OPTIONS))
+    codes = memory_of(BOTH)
+
+    moments = 2 * sum(x.size for x in jax.tree.leaves(train) if x.ndim > 1)
+    found = [(x.host_argument_size_in_bytes, x.host_temp_size_in_bytes) for x in (full, codes)]
+    assert found == [(4 * moments, 0), (moments, 0)]
+    # a page of codes is decoded in more parts than one of float32; all codes would be `moments`
+    assert codes.temp_size_in_bytes < full.temp_size_in_bytes + moments / 2
 
 
 def test_what_is_available_is_the_least_that_the_machine_and_its_container_have(tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lorax_ft import trees
 from lorax_ft.quantization.codebooks import dynamic_map
 from lorax_ft.training.states import is_stacked, map_states
 
@@ -25,6 +27,7 @@ PyTree = Any
 
 BLOCK = 256
 SMALLEST = 4096  # numbers of a tensor whose states are encoded; those of smaller ones stay float32
+GROUP, LANES = 8, 128  # rows and columns of what a TPU moves to the host and back as it lies
 UNSIGNED = ("nu",)  # fields of optax states that are never negative
 _ZERO = 127  # its code in the signed map
 _CELL_BITS = 16  # of a float32, that its cell does not look at
@@ -34,7 +37,7 @@ _CELLS = [int(np.float32(x).view(np.int32)) >> _CELL_BITS for x in (2.0**-25, 1)
 class Blocks(NamedTuple):
     """A state in eight bits."""
 
-    codes: Array  # uint8, of the parameter's shape
+    codes: Array  # uint8, of the parameter's shape; in an optimizer's state, of `stored_shape`
     absmax: Array  # [..., blocks] float32: the largest magnitude of each block
 
 
@@ -52,8 +55,8 @@ def in_eight_bits(tx: optax.GradientTransformation) -> optax.GradientTransformat
 
     >>> tx = in_eight_bits(optax.scale_by_adam())
     >>> state = tx.init({"kernel": jnp.ones((64, 256))})
-    >>> state.mu["kernel"].codes.dtype, state.mu["kernel"].absmax.shape
-    (dtype('uint8'), (64, 1))
+    >>> state.mu["kernel"].codes.shape, state.mu["kernel"].absmax.shape
+    ((8, 8, 256), (64, 1))
     """
 
     def init(params):
@@ -64,13 +67,19 @@ def in_eight_bits(tx: optax.GradientTransformation) -> optax.GradientTransformat
         return map_states(encoded, params, tx.init(_in_float32(params)))
 
     def update(updates, state, params=None):
+        shapes = {path: array.shape for path, array in trees.flatten_arrays(updates).items()}
+
         def decoded(field, path, value):
             if not is_blocks(value):
                 return value
+            value = value._replace(codes=value.codes.reshape(shapes[path]))
             return decode(value, field not in UNSIGNED, is_stacked(path))
 
         def encoded(field, path, new, old):
-            return encode(new, field not in UNSIGNED, is_stacked(path)) if is_blocks(old) else new
+            if not is_blocks(old):
+                return new
+            found = encode(new, field not in UNSIGNED, is_stacked(path))
+            return found._replace(codes=found.codes.reshape(old.codes.shape))
 
         moments = map_states(decoded, updates, state, is_leaf=is_blocks)
         found, moments = tx.update(_in_float32(updates), moments, _in_float32(params))
@@ -78,6 +87,31 @@ def in_eight_bits(tx: optax.GradientTransformation) -> optax.GradientTransformat
         return found, map_states(encoded, updates, moments, state)
 
     return optax.GradientTransformation(init, update)
+
+
+def stored_shape(shape: tuple[int, ...], stacked: bool) -> tuple[int, ...]:
+    """The shape in which a state has the codes of a parameter: the same bytes in the same order.
+
+    The rows of a matrix are in groups of eight, `[..., rows / 8, 8, columns]`, and 128 numbers are
+    a row where its own are not whole lanes. Such a group lies in the host's memory as on a TPU,
+    which of `[..., rows, columns]` would turn the whole array over to reach a part of it. Vectors,
+    and a matrix that is not whole groups, have the parameter's shape.
+    """
+    if len(shape) < 2 + stacked:
+        return shape
+    *lead, rows, columns = shape
+    width = columns if rows % GROUP == 0 and columns % LANES == 0 else LANES
+    groups, left = divmod(rows * columns, GROUP * width)
+    return shape if left else (*lead, groups, GROUP, width)
+
+
+def stored_axes(axes: Iterable[Any], shape: tuple[int, ...], stacked: bool) -> tuple[Any, ...]:
+    """What is said of the axes of a parameter, such as a mesh's names, of those of its codes."""
+    given, stored = tuple(axes), stored_shape(shape, stacked)
+    given += (None,) * (len(shape) - len(given))
+    if stored == shape:
+        return given
+    return (*given[:-1], None, given[-1] if stored[-1] == shape[-1] else None)
 
 
 def encode(values: Array, signed: bool, stacked: bool = False) -> Blocks:
@@ -105,11 +139,10 @@ def decode(state: Blocks, signed: bool, stacked: bool = False) -> Array:
 
 
 def _zeros(shape: tuple[int, ...], signed: bool, stacked: bool) -> Blocks:
-    """`encode` of zeros. (XLA would compute it while it compiles, number by number.)"""
+    """`encode` of zeros, as stored. (XLA would compute it while it compiles, number by number.)"""
     absmax = jax.eval_shape(lambda: jnp.max(_blocks(jnp.zeros(shape), stacked), axis=-1))
-    return Blocks(
-        jnp.full(shape, _ZERO if signed else 0, jnp.uint8), jnp.zeros(absmax.shape, absmax.dtype)
-    )
+    codes = jnp.full(stored_shape(shape, stacked), _ZERO if signed else 0, jnp.uint8)
+    return Blocks(codes, jnp.zeros(absmax.shape, absmax.dtype))
 
 
 def _blocks(values: Array, stacked: bool) -> Array:

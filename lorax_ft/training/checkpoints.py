@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_ft import trees
-from lorax_ft.training.paging import for_pages, is_split, page_rows
+from lorax_ft.training.paging import is_split, page_rows
 
 PyTree = Any
 
@@ -318,13 +318,14 @@ def _array_checksum(array: jax.Array, is_split: bool) -> jax.Array:
     if is_split or not array.ndim:
         return _weighted_sum(jax.device_put(array, jax.memory.Space.Device), 0)
 
-    def add(first: Any, rows: int, total: jax.Array) -> jax.Array:
-        part = jax.lax.dynamic_slice_in_dim(array, first, rows, axis=0)
-        part = jax.device_put(part, jax.memory.Space.Device)
-        return total + _weighted_sum(part, first)
-
     rows = page_rows(array.shape)
-    return for_pages(array.shape[0], rows, add, jnp.zeros((), jnp.uint32))
+
+    def add(page: Any, total: jax.Array) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(array, page * rows, rows, axis=0)
+        part = jax.device_put(part, jax.memory.Space.Device)
+        return total + _weighted_sum(part, page * rows)
+
+    return jax.lax.fori_loop(0, array.shape[0] // rows, add, jnp.zeros((), jnp.uint32))
 
 
 def _weighted_sum(array: jax.Array, first: Any) -> jax.Array:

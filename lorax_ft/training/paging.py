@@ -4,14 +4,14 @@ A page is one layer of everything that is stacked at `layers/...`, or some rows 
 array. Within the jitted step a loop moves each page in, updates it and writes it back in place, so
 that the device never holds more than one page of states, and what it has for a longer batch is what
 the states would have taken. (With `scan` or a Python loop instead, XLA brings all pages in at
-once.)
+once.) Of states in eight bits the codes are paged; absmax, a 64th of them, stays on the device.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +22,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lorax_ft import trees
 from lorax_ft.axes import even
 from lorax_ft.training import clipping, host_memory
-from lorax_ft.training.blockwise import BLOCK, is_blocks
+from lorax_ft.training.blockwise import BLOCK, GROUP, LANES, is_blocks, stored_axes
 from lorax_ft.training.sharding import replicate
 from lorax_ft.training.states import is_stacked, map_states
 
 Array = jax.Array
 PyTree = Any
-T = TypeVar("T")
 
-SMALLEST = 100_000  # numbers of an array whose states are paged; bitsandbytes draws the same line
+SMALLEST = 100_000  # numbers of a matrix whose states are paged; bitsandbytes draws the same line
 PAGE = 2**22  # numbers of a page, where it is not a layer
 HOST = "pinned_host"
 
@@ -71,8 +70,8 @@ def page(
     They are the same to the bit for the optimizers of `build_optimizer`, on a mesh too; but where
     blocks of eight-bit states reach over several devices, a code may come out as its neighbour.
 
-    What optax keeps in trees of the parameters' structure is paged, for arrays of at least
-    `smallest` numbers, by default 100,000; where it lies is `start_optimizer`'s part.
+    What optax keeps in trees of the parameters' structure is paged, for matrices of at least
+    `smallest` numbers in all layers, by default 100,000; where it lies is `start_optimizer`'s part.
 
     `rowwise` says that `each` treats every row of an array by itself, as the scaling of Adam, Lion,
     SGD and RMSProp, decay and learning rates do, but no norm of an array: then the states come page
@@ -127,16 +126,22 @@ def state_shardings(tx: Any, state: PyTree, train: PyTree, mesh: Mesh) -> PyTree
     A state lies on the mesh as its parameter does, whose sharding `train` must carry; absmax of
     eight-bit states as the axes in front of its blocks do.
     """
-    smallest = tx.smallest if isinstance(tx, PagedOptimizer) else math.inf
     parameters = trees.flatten_arrays(train)
     specs = {path: _spec(array, mesh) for path, array in parameters.items()}
 
     def place(field: str, path: str, value: Any) -> Any:
         del field
-        kind = HOST if parameters[path].size >= smallest else None
-        return jax.tree.map(
-            lambda x: NamedSharding(mesh, even(specs[path], x.shape, mesh), memory_kind=kind),
-            value,
+        shape, spec = parameters[path].shape, specs[path]
+        kind = HOST if _is_paged(tx, path, shape) else None
+
+        def lies(x: Any, spec: PartitionSpec, kind: str | None) -> NamedSharding:
+            return NamedSharding(mesh, even(spec, x.shape, mesh), memory_kind=kind)
+
+        if not is_blocks(value):
+            return lies(value, spec, kind)
+        of_codes = PartitionSpec(*stored_axes(spec, shape, is_stacked(path)))
+        return value._replace(
+            codes=lies(value.codes, of_codes, kind), absmax=lies(value.absmax, spec, None)
         )
 
     placed = map_states(place, train, state, is_leaf=is_blocks)
@@ -146,13 +151,12 @@ def state_shardings(tx: Any, state: PyTree, train: PyTree, mesh: Mesh) -> PyTree
 
 def paged_arrays(tx: Any, state: PyTree, train: PyTree) -> list[Any]:
     """The arrays of an optimizer's state that are paged, none for one that is not."""
-    if not isinstance(tx, PagedOptimizer):
-        return []
     parameters, found = trees.flatten_arrays(train), []
 
     def look(field: str, path: str, value: Any) -> Any:
         del field
-        found.extend(jax.tree.leaves(value) if parameters[path].size >= tx.smallest else [])
+        if _is_paged(tx, path, parameters[path].shape):
+            found.append(value.codes if is_blocks(value) else value)
         return value
 
     map_states(look, train, state, is_leaf=is_blocks)
@@ -187,7 +191,7 @@ def pages(params: PyTree, tx: PagedOptimizer) -> list[Pages]:
     layers: dict[int, set[str]] = {}
     found = []
     for path, array in trees.flatten_arrays(params).items():
-        if array.size < tx.smallest or path in tx.split:
+        if path in tx.split or not _is_paged(tx, path, array.shape):
             continue
         if is_stacked(path):
             layers.setdefault(array.shape[0], set()).add(path)
@@ -202,15 +206,13 @@ def page_rows(shape: tuple[int, ...]) -> int:
     """How many rows of an array of this shape make a page, where it is not a layer.
 
     They divide the array: a last page of another size would be compiled, and rounded, otherwise.
-    All rows where no number near `PAGE` does.
+    Those of a matrix are eights of rows, at whose edges alone a TPU can part it. All rows where no
+    number near `PAGE` is such.
     """
+    step = GROUP if len(shape) == 2 else 1
     most = min(shape[0], max(1, PAGE // math.prod(shape[1:])))
-    return next((r for r in range(most, most // 8, -1) if shape[0] % r == 0), shape[0])
-
-
-def for_pages(size: int, rows: int, body: Callable[[Any, int, T], T], carry: T) -> T:
-    """What a loop of `body(first, rows, carry)` makes of the carry, so many rows at a time."""
-    return jax.lax.fori_loop(0, size // rows, lambda i, c: body(i * rows, rows, c), carry)
+    counts = range(most - most % step, most // 8, -step)
+    return next((r for r in counts if shape[0] % r == 0), shape[0])
 
 
 def update_where(
@@ -284,13 +286,16 @@ def _turn(
     params: PyTree,
 ) -> tuple[PyTree, PyTree]:
     """(params, state) of a group after the update; counts and numbers stay as they were."""
+    count = group.size // group.rows
 
-    def body(first: Any, rows: int, arrays: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+    def body(page: Array, arrays: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         def fetch(x: Array) -> Array:
-            return _to_device(jax.lax.dynamic_slice_in_dim(x, first, rows, axis=0))
+            rows = x.shape[0] // count  # codes of a matrix have an eighth as many
+            return _to_device(jax.lax.dynamic_slice_in_dim(x, page * rows, rows, axis=0))
 
         def put(x: Array, new: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(x, _to_memory_of(x, new), first, axis=0)
+            first, new = page * new.shape[0], _to_memory_of(x, new)
+            return jax.lax.dynamic_update_slice_in_dim(x, new, first, axis=0)
 
         params, state = arrays
         new_params, new_state = update(
@@ -300,7 +305,7 @@ def _turn(
         )
         return jax.tree.map(put, params, new_params), _map_arrays(put, params, state, new_state)
 
-    return for_pages(group.size, group.rows, body, (params, state))
+    return jax.lax.fori_loop(0, count, body, (params, state))
 
 
 def _turn_at_once(
@@ -310,6 +315,22 @@ def _turn_at_once(
     new_params, new_state = update(gradient, _map_arrays(_to_device, params, state), params)
     put = lambda new, x: _to_memory_of(x, new)
     return new_params, _map_arrays(put, params, new_state, state)
+
+
+def _is_paged(tx: Any, path: str, shape: tuple[int, ...]) -> bool:
+    """Whether the states of a parameter are in the host's memory.
+
+    Not those of vectors, nor of layers that are no whole groups of rows, such as a factor of rank
+    one: a TPU cannot move a layer of them by itself, and next to the others they are small.
+    """
+    stacked = is_stacked(path)
+    layer = shape[stacked:]
+    return (
+        isinstance(tx, PagedOptimizer)
+        and math.prod(shape) >= tx.smallest
+        and len(layer) > 1
+        and not (stacked and math.prod(layer) % (GROUP * LANES))
+    )
 
 
 def _map_arrays(
