@@ -2,6 +2,9 @@
 does not start."""
 
 import dataclasses
+import pathlib
+import platform
+import resource
 import types
 
 import jax
@@ -185,6 +188,24 @@ def test_a_run_that_cannot_fit_is_refused_with_numbers_and_leaves_nothing(
     ):
         experiment.train(config_of(folder, **METHODS["qlora"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library frees by itself")
+def test_what_was_freed_before_the_first_step_goes_back_to_the_system():
+    def resident():
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+
+    step = jax.jit(lambda train, state, frozen, batch, key: (train, state, {}))
+    held = [bytes(1000) for _ in range(100_000)]
+    last = bytes(1000)  # on top of them in the heap, so that they cannot go of themselves
+    del held
+    before = resident()
+
+    memory.check_step(step, ({"x": jnp.zeros(4)}, {}, {}, {}, jax.random.key(0)))
+
+    assert len(last) == 1000
+    assert resident() < before - 50_000_000
 
 
 def test_a_share_is_of_the_machine_and_no_further_part_of_what_an_allocator_may_take(monkeypatch):

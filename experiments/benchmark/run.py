@@ -5,7 +5,8 @@
 
 `--peer_script` takes `--model --method --targets --batch --seq --steps` and prints a JSON object as
 `step.py` does. The two run by turns, never together; ratios are of medians over `--rounds`. Writes
-results.csv and results.md beside this file.
+results.csv and results.md beside this file. With `--remat` both compute layers again in the
+backward pass, the other by its `--grad-ckpt`, and the tables are remat.csv and remat.md.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ _STEPS = flags.DEFINE_integer("steps", 6, "timed steps of a run")
 _BATCH = flags.DEFINE_integer("batch", 8, "rows")
 _LENGTH = flags.DEFINE_integer("length", 128, "tokens a row")
 _MODELS = flags.DEFINE_list("models", ["minilm", "bert", "llama"], "which shapes")
+_REMAT = flags.DEFINE_bool("remat", False, "both compute layers again in the backward pass")
+_METHODS = flags.DEFINE_list("methods", ["lora", "qlora", "full"], "which methods")
 _HUGE_PAGES = flags.DEFINE_bool("huge_pages", True, "glibc's huge pages, for both frameworks")
 
 
@@ -59,6 +62,7 @@ def ours(model: str, method: str, targets: str) -> dict:
     options = {"batch": _BATCH.value, "length": _LENGTH.value, "steps": _STEPS.value}
     flags_ = [f"--{name}={value}" for name, value in options.items()]
     case = [f"--model={model}", f"--method={method}", f"--targets={targets}"]
+    case += ["--remat=full", "--scan_layers"] if _REMAT.value else []
     return run([sys.executable, str(HERE / "step.py"), *case, *flags_])
 
 
@@ -68,6 +72,7 @@ def peer(model: str, method: str, targets: str) -> dict | None:
     options = {"batch": _BATCH.value, "seq": _LENGTH.value, "steps": _STEPS.value}
     flags_ = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     case = ["--model", model, "--method", method, "--targets", targets]
+    case += ["--grad-ckpt"] if _REMAT.value else []
     python, script = (os.path.abspath(flag.value) for flag in (_PEER_PYTHON, _PEER_SCRIPT))
     with tempfile.TemporaryDirectory() as folder:  # for what it may leave behind
         return run([python, script, *case, *flags_], folder)
@@ -110,18 +115,19 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str]) -> None:
     rows = []
     for case in CASES:
-        if case[0] in _MODELS.value:
+        if case[0] in _MODELS.value and case[1] in _METHODS.value:
             rows.append(measure(*case))
             print(rows[-1], flush=True)
     head = (
         f"{processor()}, batch {_BATCH.value}, length {_LENGTH.value}, float32; speed and memory "
     )
     head += "are ratios to the peer's: more speed is better, less memory is better.\n\n"
-    with (HERE / "results.csv").open("w", newline="") as file:
+    name = "remat" if _REMAT.value else "results"
+    with (HERE / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    (HERE / "results.md").write_text(head + table(rows))
+    (HERE / f"{name}.md").write_text(head + table(rows))
     print(table(rows))
 
 

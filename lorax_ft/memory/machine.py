@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,15 +28,23 @@ def free_memory(share: float = 1.0) -> int | None:
     return None if available is None else int(share * available)
 
 
+def _give_back() -> None:
+    """Has glibc return the memory that was freed, of which it keeps much for the next to ask."""
+    with contextlib.suppress(OSError, AttributeError):  # of another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def check_step(step: Any, arguments: tuple[Any, ...], *, free: int | None = None) -> str:
     """A line on the memory of a jitted step: `step(train, opt_state, frozen, batch, key)`.
 
     The arguments are there already; `free` is what else there is, as `free_memory` says where it is
-    None. Compiles the step, which the first call then finds compiled. Raises ValueError, with the
-    numbers, where the step cannot fit.
+    None. Compiles the step, which the first call then finds compiled, and gives back to the system
+    what that and all before it has left. Raises ValueError, with the numbers, where the step cannot
+    fit.
     """
     train, opt_state, frozen, *others = arguments
     memory = step_memory(step.lower(*arguments).compile())
+    _give_back()
     parts = state_parts(train, frozen, opt_state, *others)
     if memory is None:
         return memory_line(parts)

@@ -76,7 +76,7 @@ class ComputeConfig:
     dtype: str = "float32"  # of activations and products; norms, softmax and logits are float32
     param_dtype: str = "float32"
     scan_layers: bool = True  # one compiled layer over stacked arrays, or each layer its own arrays
-    remat: str = "none"  # a key of REMAT_POLICIES
+    remat: str = "none"  # a key of REMAT_POLICIES; on CPUs it spares memory of scanned layers alone
     attention: str = "auto"  # one of ATTENTIONS
     platform: str = ""  # "cpu", "gpu" or "tpu": what is compiled for, where it is not this process'
     logits_bytes: int = 2**28  # of a vocabulary's logits that a device holds at once for a loss
