@@ -6,8 +6,8 @@
 Needs no weights and no accelerator; rows of TPUs want their compiler (`pip install
 'jax[tpu]'`), rows of GPUs want jax's CUDA plugin, and without it are reckoned by XLA for CPU, which
 the table says. Each row is a process of its own, one after another. `--only` takes the rows whose
-name has that in it. Writes results.csv, results.md and memory.png beside this file; rows that were
-not run again stay.
+name has that in it. Writes results.csv and results.md beside this file; rows that were not run
+again stay as results.csv has them. memory.png is drawn anew where the plans of all rows are here.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def cells(found: dict[str, Any]) -> dict[str, Any]:
         "config": row.argument,
         "device": row.device,
         "mesh": row.mesh or "",
-        "states": "on the host" if row.paged else "",
+        "states": _states(row),
         "batch": plan.batch_size,
         "length": plan.length,
         "compiler": "CPU, standing in" if plan.stands_in else plan.compiler.split(",")[0],
@@ -176,8 +176,13 @@ def write(results: list[dict[str, Any]]) -> None:
     """The tables and the picture."""
     from lorax_ft import planning
 
-    rows = [cells(found) for found in results]
-    with (HERE / "results.csv").open("w", newline="") as file:
+    table_file = HERE / "results.csv"
+    with table_file.open(newline="") as file:
+        known = {_key(row): row for row in csv.DictReader(file)}
+    known |= {_key(row): row for row in map(cells, results)}
+    order = [(row.argument, row.device, row.mesh or "", _states(row)) for row in ROWS]
+    rows = [known[key] for key in order if key in known]
+    with table_file.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -185,7 +190,16 @@ def write(results: list[dict[str, Any]]) -> None:
     columns += ("usable_gib", "fits", "tflop", "roofline_s", "bound_by", "gigacycles", "largest")
     tables = [table([{name: row[name] for name in columns} for row in rows]), table(full_rows())]
     (HERE / "results.md").write_text("\n".join(tables))
-    planning.plot_plans({found["row"].name: found["plan"] for found in results}, FIGURE)
+    if len(results) == len(ROWS):
+        planning.plot_plans({found["row"].name: found["plan"] for found in results}, FIGURE)
+
+
+def _key(cells: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(cells[name] for name in ("config", "device", "mesh", "states"))
+
+
+def _states(row: Row) -> str:
+    return "on the host" if row.paged else ""
 
 
 def table(rows: list[dict[str, Any]]) -> str:
