@@ -166,7 +166,7 @@ def cells(found: dict[str, Any]) -> dict[str, Any]:
         "roofline_s": None if bound is None else float(f"{bound.seconds:.3g}"),
         "bound_by": None if bound is None else bound.bound,
         "gigacycles": None if plan.cycles is None else round(plan.cycles.total / 1e9, 3),
-        "largest": "" if largest is None else f"{largest.what} {largest.size}",
+        "largest": "" if largest is None else _largest_text(largest),
         "not_fitting": None if largest is None else largest.refused,
         "processor_s": round(found["seconds"], 1),
     }
@@ -192,6 +192,12 @@ def write(results: list[dict[str, Any]]) -> None:
     (HERE / "results.md").write_text("\n".join(tables))
     if len(results) == len(ROWS):
         planning.plot_plans({found["row"].name: found["plan"] for found in results}, FIGURE)
+
+
+def _largest_text(found: Any) -> str:
+    """The size, as one that fits where no larger one was tried that does not."""
+    least = "at least " if found.refused is None else ""
+    return f"{found.what} {least}{found.size}"
 
 
 def _key(cells: dict[str, Any]) -> tuple[str, ...]:
