@@ -7,9 +7,9 @@
     lorax-ft merge --run_dir=runs/mine --output=merged --dtype=bfloat16
     lorax-ft inspect --config=configs/quickstart.py
     lorax-ft plan --config=configs/llama.py:65b-qlora64 --device=a6000
-    lorax-ft sweep --config=configs/quickstart.py --sweep=configs/sweeps/rank_and_method.py
+    lorax-ft sweep --config=configs/trec.py --sweep=configs/sweeps/ranks.py --sweep_dir=runs/ranks
     lorax-ft sweep ... --launcher=ray --resource=num_gpus=1
-    lorax-ft report runs/quickstart-rank_and_method
+    lorax-ft report runs/ranks
 
 What is wrong with the input ends as one message and exit code 2; `--traceback` shows where it came
 from.
@@ -196,7 +196,9 @@ def sweep(values: Any, arguments: list[str]) -> None:
 
     one_for_each_core()
     config_flag = values["config"]
-    overrides = {**config_flag.override_values, "sweep": pathlib.Path(values.sweep).stem}
+    file, _, arguments_of_it = values.sweep.partition(":")
+    name = "-".join(part for part in (pathlib.Path(file).stem, arguments_of_it) if part)
+    overrides = {**config_flag.override_values, "sweep": name}
     directory = values.sweep_dir or default_run_dir(config_flag.config_filename, overrides)
     rows = train(
         _config(values),

@@ -105,12 +105,15 @@ def test_every_config_is_one_that_the_program_takes(path, monkeypatch):
 @pytest.mark.parametrize("command", [c for c in commands() if shlex.split(c)[1] == "sweep"])
 def test_a_sweep_command_makes_its_runs(command, minilm, monkeypatch):
     from lorax_ft import experiment, sweeps
+    from lorax_ft.sweeps import worker
 
     seen = []
 
     def train(config, sweep, *_, **__):
         seen.extend(sweeps.make_runs(config, sweep))
-        experiment.load_data(config)
+        dataset = experiment.load_data(config)[1]
+        for group in sweeps.group_runs(seen):
+            worker.check_evaluations(sweep, group, dataset)
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sweeps, "train", train)

@@ -254,6 +254,24 @@ def test_halving_ends_runs_that_others_outdo(folder, tmp_path):
     assert set(pruned) == {row.name for row in rows if row.results["outcome"] == "pruned"}
 
 
+def test_a_run_out_of_patience_and_a_collapsed_one_end_alone_and_their_slots_go_on(
+    folder, tmp_path, capsys
+):
+    worsening = {"train.best_metric": "loss", "train.best_mode": "max", "train.patience": 1}
+    unwatched = {"train.eval_every": 0}  # twelve steps leave a model of one class, but nobody looks
+    changes = [worsening, {"seed": 1}, unwatched, unwatched | {"seed": 1}]
+    sweep = SweepConfig(runs=changes, slots=2, collapse_patience=2)
+
+    rows = sweeps.train(config_of(folder), sweep, tmp_path / "ended")
+
+    ends = [(row.results["outcome"], row.results["step"]) for row in rows]
+    assert ends == [("stopped_early", 8), ("collapsed", 8), *[("finished", 12)] * 2]
+    assert "predictions are of one class" in rows[1].results["warnings"][0]
+    assert re.search(r"lora +4 +2 +2 ", capsys.readouterr().out)  # compiles: one for each length
+    alone = experiment.train(rows[2].config, tmp_path / "alone")
+    assert rows[2].results["metrics"]["test"] == pytest.approx(alone["metrics"]["test"], rel=1e-4)
+
+
 def test_rungs_keep_the_best_and_their_decisions(tmp_path):
     rungs = Rungs(Halving(first=5, factor=2), tmp_path / "halving.json")
     for run, value in {"a": 0.1, "b": 0.3, "c": 0.2, "d": 0.4}.items():

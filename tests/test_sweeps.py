@@ -205,15 +205,28 @@ def test_slots_are_parted_evenly_and_filled_by_turns():
     assert devices.in_turns(devices.mesh_of(16), 16) == [*range(0, 16, 2), *range(1, 16, 2)]
 
 
+@pytest.mark.parametrize("keeps_best", [False, True])
 def test_a_group_too_large_for_memory_has_as_many_slots_as_fit_and_fill_the_devices(
-    folder, monkeypatch
+    folder, keeps_best
 ):
-    (group,) = group_runs(runs_of(folder, [{"seed": seed} for seed in range(16)]))
-    monkeypatch.setattr(planning, "_most_of", lambda *_: 9)
+    best = {"train.best_metric": "accuracy" if keeps_best else None}
+    (group,) = group_runs(runs_of(folder, [{"seed": seed} | best for seed in range(16)]))
+    source = load_source(group.first)
 
-    program, _ = planning.make_program(load_source(group.first), group, 16, slots=None, memory=1)
+    def taken(slots):
+        """Bytes of the plan, which the arrays that are then made must keep to."""
+        program, seconds = planning.make_program(source, group, slots, slots=slots, memory=1)
+        plan = planning.make_plan(program, seconds, [1] * slots)
+        kept = program.empty().train if keeps_best else ()
+        arrays = trees.array_bytes
+        held = sum(map(arrays, jax.tree.leaves((program.empty(), kept))))
+        assert held <= plan.slots * plan.slot_bytes
+        return plan.bytes
 
-    assert program.slots == program.mesh.size == 8
+    sixteen, eight = taken(16), taken(8)
+    for memory, slots in ((sixteen, 16), (sixteen - 1, 8), (eight, 8)):
+        program, _ = planning.make_program(source, group, 16, slots=None, memory=memory)
+        assert program.slots == slots
 
 
 def test_a_quantised_base_is_shared_and_a_decomposed_one_is_each_runs_own(folder):

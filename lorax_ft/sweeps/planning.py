@@ -76,7 +76,7 @@ def make_program(
         program = Program(source, group, count, vectorized=vectorized)
         fits = _most_of(program, memory, 0)
         if fits < program.slots and slots is None:  # not even the arrays: no need to compile
-            most = _at_least_one(fits, program, memory)
+            most = _fewer(fits, program, memory)
             continue
         start = time.perf_counter()
         temporary = max(_temporary(program, batch) for batch, _ in _one_of_each_shape(program))
@@ -84,7 +84,7 @@ def make_program(
         fits = _most_of(program, memory, temporary)
         if fits >= program.slots or slots is not None:
             return program, compiled
-        most = _at_least_one(min(fits, program.slots - 1), program, memory)
+        most = _fewer(fits, program, memory)
 
 
 def make_plan(program: Program, compile_seconds: float, steps: Sequence[int]) -> Plan:
@@ -181,8 +181,12 @@ def _most_of(program: Program, limit: int, temporary: int) -> int:
     return int((free - temporary) / each)
 
 
-def _at_least_one(fits: int, program: Program, limit: int) -> int:
-    if fits < 1 or program.slots == 1:
+def _fewer(fits: int, program: Program, limit: int) -> int:
+    """How many slots to try next, of which `fits` would have room by what this program takes.
+
+    One whose slots take turns says little of the steps of another: at worst half as many are tried.
+    """
+    if program.slots == 1:
         shared, each = state_bytes(program)
         raise ValueError(
             f"Group {program.group.name}: one run alone takes more than the {bytes_text(limit)} "
@@ -190,7 +194,8 @@ def _at_least_one(fits: int, program: Program, limit: int) -> int:
             "step takes. Lower data.loader.batch_size, quantise the base, or raise "
             "SweepConfig.memory."
         )
-    return devices.rounded_down(fits)
+    least = 1 if program.vectorized else program.slots // 2
+    return devices.rounded_down(min(max(fits, least), program.slots - 1))
 
 
 def _even(waiting: int, most: int) -> int:

@@ -136,6 +136,7 @@ class Program:
         self._take = jax.jit(members.take)
         self._put = jax.jit(members.put, donate_argnums=0, out_shardings=kept)
         self.choose = jax.jit(members.choose, out_shardings=kept)
+        self.keeps_best = any(run.config.train.best_metric for run in group.runs)
         self._compiled: dict[Any, Any] = {}
 
     @property
@@ -245,11 +246,17 @@ def order_seed(config: ExperimentConfig) -> int:
 
 
 def state_bytes(program: Program) -> tuple[int, int]:
-    """(bytes of what all members share, in all memories, bytes of what each slot holds)."""
-    shared = sum(trees.array_bytes(x) for x in jax.tree.leaves(program.shared))
-    return devices.memories(program.mesh) * shared, sum(
-        trees.array_bytes(x) for x in jax.tree.leaves(program.shapes)
-    )
+    """(bytes of what all members share, in all memories, bytes of what each slot holds).
+
+    Where a run keeps its best, a slot has its trainable half three times: as it is, as it was best,
+    and while one of them is chosen.
+    """
+
+    def size(tree: PyTree) -> int:
+        return sum(trees.array_bytes(x) for x in jax.tree.leaves(tree))
+
+    best = 2 * size(program.shapes.train) if program.keeps_best else 0
+    return devices.memories(program.mesh) * size(program.shared), size(program.shapes) + best
 
 
 def _forward_flops(source: Source, config: ExperimentConfig) -> float:

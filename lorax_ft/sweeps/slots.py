@@ -386,9 +386,8 @@ def _restore(
 ) -> State:
     """The state of the last checkpoint, or one whose slots are all free."""
     stack = program.empty()
-    keeps_best = any(run.config.train.best_metric for run in program.group.runs)
     keys = np.zeros((program.slots, *program.key_data.shape), np.uint32)
-    best = program.empty().train if keeps_best else None
+    best = program.empty().train if program.keeps_best else None
     state = State(stack=stack, best=best, keys=keys, slots={})
     snapshot = checkpoints.restore(
         store, {"train": stack.train, "best": best}, stack.opt_state, set_aside=True

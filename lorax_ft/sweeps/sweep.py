@@ -13,6 +13,7 @@ from lorax_ft.sweeps import planning, worker
 from lorax_ft.sweeps.directory import Row, check_directory, describe, read_rows, write_record
 from lorax_ft.sweeps.groups import Group
 from lorax_ft.sweeps.launchers import Launch, open_launcher
+from lorax_ft.sweeps.program import check_members
 from lorax_ft.sweeps.specification import SweepConfig
 from lorax_ft.sweeps.tables import results_table, text_table
 from lorax_ft.training import locks
@@ -99,6 +100,7 @@ def _check_data(sweep: SweepConfig, groups: Sequence[Group]) -> None:
     """Reads the data of groups that others will train: what is wrong with it is told at once."""
     datasets: dict[str, Dataset] = {}
     for group in groups:
+        check_members(group.first)
         values = to_dict(group.first)
         read = {**values["data"], "loader": None}
         key = repr((values["model"]["path"], values["model"]["tokenizer"], read))

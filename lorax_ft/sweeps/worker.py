@@ -158,9 +158,12 @@ def prepare(
     share: float = 1.0,
     only_plan: bool = False,
 ) -> list[Work]:
-    """The programs of the groups that are not finished, compiled and timed."""
+    """The programs of the groups that are not finished, compiled and timed.
+
+    All bases are read first: what they leave of the memory is what a group is planned for.
+    """
     sources: dict[str, Source] = {}
-    work = []
+    waiting = []
     for part in parts:
         group = part.group
         if only_plan and sweep.search is not None:  # a study that is opened is made
@@ -171,6 +174,10 @@ def prepare(
             continue
         source = _source(sources, group.first)
         check_evaluations(sweep, group, source.dataset)
+        waiting.append((part, queue, left, source))
+    work = []
+    for part, queue, left, source in waiting:
+        group = part.group
         begun = _slots_begun(directory / GROUPS / group.name)
         program, seconds = planning.make_program(
             source,
@@ -195,11 +202,13 @@ def _steps(source: Source, group: Group, queue: Queue, left: int) -> tuple[int, 
 
 
 def _train_groups(
-    work: Sequence[Work], directory: pathlib.Path, sweep: SweepConfig, count: int, shown: bool
+    work: list[Work], directory: pathlib.Path, sweep: SweepConfig, count: int, shown: bool
 ) -> str:
+    """Takes each group out of `work` as it comes to its turn: what it held is free after it."""
     total = sum(sum(w.steps) for w in work)
     with _open_bar(total, count, sweep, shown) as watch:
-        for w in work:
+        while work:
+            w = work.pop(0)
             folders = (directory / GROUPS / w.plan.group, directory / RUNS)
             if train_group(w.program, w.queue, *folders, watch=watch) == "preempted":
                 return "preempted"
