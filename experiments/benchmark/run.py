@@ -4,7 +4,9 @@
     python experiments/benchmark/run.py --peer_python=PEER/bin/python --peer_script=train_step.py
 
 `--peer_script` takes `--model --method --targets --batch --seq --steps` and prints a JSON object as
-`step.py` does. The two run by turns, never together; ratios are of medians over `--rounds`. Writes
+`step.py` does. The two run by turns, never together; ratios are of medians over `--rounds`.
+`roofline` is the share of our step, `peer_roofline` of the other's, that the arithmetic of our
+matrix products would take at this machine's best rate for large ones. Writes
 results.csv and results.md beside this file. With `--remat` both compute layers again in the
 backward pass, the other by its `--grad-ckpt`, and the tables are remat.csv and remat.md.
 """
@@ -96,11 +98,16 @@ def measure(model: str, method: str, targets: str) -> dict:
         "tokens_per_s": median(mine, "tokens_per_s"),
         "compile_s": median(mine, "compile_s"),
         "peak_mb": median(mine, "steps_peak_rss_mb"),
+        "gflop": mine[0]["gflop"],
+        "product_gflops": max(run["product_gflops"] for run in mine),
     }
+    least_ms = 1e3 * row["gflop"] / row["product_gflops"]
+    row["roofline"] = round(least_ms / row["step_ms"], 2)
     if other:
         row["peer_step_ms"] = median(other, "step_ms_median")
         row["peer_peak_mb"] = median(other, "steps_peak_rss_mb")
         row["speed"] = round(row["peer_step_ms"] / row["step_ms"], 2)
+        row["peer_roofline"] = round(least_ms / row["peer_step_ms"], 2)
         row["memory"] = round(row["peak_mb"] / row["peer_peak_mb"], 2)
     return row
 

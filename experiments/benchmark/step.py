@@ -4,7 +4,9 @@
 
 Shapes, batches and targets are those of BERT-base, MiniLM-L6 and a LLaMA of 110 M parameters with
 AdamW, in float32. `tokens_per_s` is batch * length over the median step; `peak_rss_mb` is of the
-whole process, `steps_peak_rss_mb` of the timed steps.
+whole process, `steps_peak_rss_mb` of the timed steps. `gflop` is the arithmetic of a step's matrix
+products, and `product_gflops` what this machine reaches in large ones, a second: their ratio is the
+least time that a step could take.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from lorax_ft import inspection, memory, methods, training, trees
 from lorax_ft.lift import lift
 from lorax_ft.models import BertConfig, LlamaConfig, build
 from lorax_ft.quantization import QuantizationConfig, quantize
+from lorax_ft.training import flops
 
 MODELS = {
     "bert": BertConfig(),
@@ -88,6 +91,18 @@ def make_batch(vocabulary: int, is_llama: bool) -> dict[str, jax.Array]:
     return {name: jnp.asarray(array) for name, array in batch.items()}
 
 
+def product_gflops(size: int = 2048, count: int = 10) -> float:
+    """The rate of the fastest of some square float32 products."""
+    product = jax.jit(jnp.matmul)
+    x = jax.random.normal(jax.random.key(3), (size, size))
+    seconds = []
+    for _ in range(count):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds) / 1e9
+
+
 def reset_peak() -> None:
     """Starts the kernel's mark of this process's largest memory anew, where that can be done."""
     try:
@@ -119,7 +134,8 @@ def main(argv: list[str]) -> None:
         train, opt_state, metrics = step(train, opt_state, frozen, batch, key)
         losses.append(float(metrics["loss"]))
         times.append(time.perf_counter() - start)
-    median = statistics.median(times[2:])
+    median, peak = statistics.median(times[2:]), peak_mb()
+    traced = step.trace(train, opt_state, frozen, batch, key)
     result = {
         "model": _MODEL.value,
         "method": _METHOD.value,
@@ -129,8 +145,10 @@ def main(argv: list[str]) -> None:
         "step_ms_min": round(min(times[2:]) * 1e3, 1),
         "tokens_per_s": round(_BATCH.value * _LENGTH.value / median, 1),
         "compile_s": round(compile_s, 1),
-        "steps_peak_rss_mb": round(peak_mb(), 1),
+        "steps_peak_rss_mb": round(peak, 1),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "gflop": round(flops.count_flops(traced.jaxpr) / 1e9, 1),
+        "product_gflops": round(product_gflops(), 1),
         "losses": [round(loss, 5) for loss in losses],
         "jax": jax.__version__,
     }
