@@ -190,7 +190,7 @@ def plan(values: Any, arguments: list[str]) -> None:
     )
 
 
-def sweep(values: Any, arguments: list[str]) -> None:
+def sweep(values: Any, arguments: list[str]) -> int:
     _no_arguments(arguments)
     from lorax_ft.sweeps import load_sweep, one_for_each_core, train
 
@@ -200,7 +200,7 @@ def sweep(values: Any, arguments: list[str]) -> None:
     name = "-".join(part for part in (pathlib.Path(file).stem, arguments_of_it) if part)
     overrides = {**config_flag.override_values, "sweep": name}
     directory = values.sweep_dir or default_run_dir(config_flag.config_filename, overrides)
-    rows = train(
+    result = train(
         _config(values),
         load_sweep(values.sweep),
         directory,
@@ -208,8 +208,11 @@ def sweep(values: Any, arguments: list[str]) -> None:
         launcher=None if values.launcher == "none" else values.launcher,
         resources=resources_of(values.resource),
     )
-    if rows and not values.only_plan:
+    if result.outcome == "preempted":
+        return exit_codes.STOPPED
+    if result.rows and result.outcome == "finished":
         print(f"All of it is in {directory}; lorax-ft report {directory} makes its pages.")
+    return 0
 
 
 def report(values: Any, arguments: list[str]) -> None:

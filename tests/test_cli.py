@@ -89,6 +89,28 @@ def test_bad_input_is_one_message_and_exit_code_2(config_file, seen, capsys, arg
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(("outcome", "code"), [("finished", 0), ("planned", 0), ("preempted", 75)])
+def test_a_sweep_that_was_stopped_says_so_by_its_exit_code(
+    config_file, tmp_path, monkeypatch, outcome, code
+):
+    from lorax_ft import sweeps
+
+    asked = []
+
+    def train(config, sweep, directory, **_):
+        asked.append(str(directory))
+        return sweeps.SweepResult(outcome=outcome, rows=[])
+
+    monkeypatch.setattr(cli, "_config", lambda values: None)
+    monkeypatch.setattr(sweeps, "train", train)
+    file = tmp_path / "ranks.py"
+    file.write_text("def get_sweep(top=4):\n    return [{'lora.rank': top}]\n")
+    command = ["lorax-ft", "sweep", f"--config={config_file}", f"--sweep={file}:8"]
+
+    assert cli.main(command) == code
+    assert asked == ["runs/small-sweep=ranks-8"]
+
+
 def test_traceback_shows_where_an_error_came_from(config_file, seen):
     with pytest.raises(flags.Error, match="unknown argument 'third'"):
         cli.main(["lorax-ft", "train", f"--config={config_file}:third", "--traceback"])

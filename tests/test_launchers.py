@@ -45,7 +45,7 @@ def config(folder):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def undisturbed(config, folder):  # noqa: F811
-    return sweeps.train(config, SWEEP, folder / "here")
+    return sweeps.train(config, SWEEP, folder / "here").rows
 
 
 def table(rows):
@@ -79,7 +79,7 @@ def test_a_process_killed_in_mid_group_ends_in_the_undisturbed_table(
     monkeypatch.setattr(launchers.subprocess, "Popen", Recorded)
     threading.Thread(target=kill_when_saved, daemon=True).start()
 
-    rows = sweeps.train(config, SWEEP, tmp_path, launcher="local:2")
+    rows = sweeps.train(config, SWEEP, tmp_path, launcher="local:2").rows
 
     assert table(rows) == to_rounding(table(undisturbed))
     out = capfd.readouterr().out
@@ -93,7 +93,9 @@ def test_a_job_of_submitit_ends_in_the_same_table(config, undisturbed, tmp_path)
     pytest.importorskip("submitit")
     sweep = SweepConfig(runs=RUNS[:3], slots=2)
 
-    rows = sweeps.train(config, sweep, tmp_path, launcher="slurm:local", resources={"mem_gb": 4})
+    rows = sweeps.train(
+        config, sweep, tmp_path, launcher="slurm:local", resources={"mem_gb": 4}
+    ).rows
 
     assert table(rows) == to_rounding(table(undisturbed[:3]))
     assert list((tmp_path / "slurm").glob("*_log.out"))
@@ -126,7 +128,7 @@ def test_a_node_killed_in_mid_group_ends_in_the_undisturbed_table(
             cluster.add_node(num_cpus=1)
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         threading.Thread(target=kill_when_saved, daemon=True).start()
-        rows = sweeps.train(config, SWEEP, tmp_path, launcher="ray")
+        rows = sweeps.train(config, SWEEP, tmp_path, launcher="ray").rows
         assert len(cluster.worker_nodes) == 1
     finally:
         cluster.shutdown()

@@ -154,7 +154,9 @@ def test_jobs_killed_and_requeued_end_in_the_undisturbed_table(
 
     for disturb in (kill, requeue):
         threading.Thread(target=disturb, daemon=True).start()
-    rows = sweeps.train(config, SWEEP, directory, launcher="slurm", resources={"cpus_per_task": 1})
+    rows = sweeps.train(
+        config, SWEEP, directory, launcher="slurm", resources={"cpus_per_task": 1}
+    ).rows
 
     assert table(rows) == to_rounding(table(undisturbed))
     told, logs = capfd.readouterr().out, directory / "slurm"

@@ -134,8 +134,9 @@ def test_a_search_is_trained_as_a_sweep(folder, tmp_path):  # noqa: F811
     config = sweeps.change(config_of(folder), {"train.steps": 4, "train.eval_every": 2})
     sweep = SweepConfig(search=Search(space={"lora.rank": sweeps.choice(1, 3)}, trials=3), slots=2)
 
-    rows = sweeps.train(config, sweep, tmp_path / "search")
+    rows = sweeps.train(config, sweep, tmp_path / "search").rows
 
     assert len(rows) == 3
     assert {row.results["outcome"] for row in rows} <= {"finished", "collapsed"}
-    assert sweeps.train(config, sweep, tmp_path / "search")[0].results == rows[0].results
+    again = sweeps.train(config, sweep, tmp_path / "search")
+    assert again.rows[0].results == rows[0].results

@@ -83,7 +83,7 @@ def swept(folder, traces):
     directory = folder / "swept"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "make_outputs", make_outputs)
-        rows = sweeps.train(config_of(folder), SweepConfig(runs=RUNS, slots=2), directory)
+        rows = sweeps.train(config_of(folder), SweepConfig(runs=RUNS, slots=2), directory).rows
     return directory, rows
 
 
@@ -136,7 +136,7 @@ def test_a_sweep_that_broke_off_ends_in_the_same_table_and_bytes(swept, folder, 
             sweeps.train(config_of(folder), SweepConfig(runs=RUNS, slots=2), directory)
     assert not all((p / "results.json").exists() for p in (directory / "runs").iterdir())
 
-    rows = sweeps.train(config_of(folder), SweepConfig(runs=RUNS, slots=2), directory)
+    rows = sweeps.train(config_of(folder), SweepConfig(runs=RUNS, slots=2), directory).rows
 
     for row, undisturbed in zip(rows, swept[1], strict=True):
         assert row.results["metrics"] == undisturbed.results["metrics"]
@@ -160,10 +160,10 @@ def test_a_sweep_that_is_stopped_saves_each_tick_once_and_goes_on(
 
     monkeypatch.setattr(slots.signals, "stop_on_sigterm", stop_on_sigterm)
     for _ in range(3):
-        sweeps.train(config_of(folder), sweep, folder / "stopped")
+        assert sweeps.train(config_of(folder), sweep, folder / "stopped").outcome == "preempted"
         assert "Stopped and saved" in capsys.readouterr().out
 
-    rows = sweeps.train(config_of(folder), sweep, folder / "stopped")
+    rows = sweeps.train(config_of(folder), sweep, folder / "stopped").rows
 
     assert not stops
     metrics = [[row.results["metrics"] for row in found] for found in (rows, swept[1])]
@@ -173,7 +173,7 @@ def test_a_sweep_that_is_stopped_saves_each_tick_once_and_goes_on(
 def test_a_finished_sweep_is_not_run_again(swept, folder, monkeypatch):
     monkeypatch.setattr(slots, "train_group", None)
 
-    rows = sweeps.train(config_of(folder), SweepConfig(runs=RUNS), swept[0])
+    rows = sweeps.train(config_of(folder), SweepConfig(runs=RUNS), swept[0]).rows
 
     assert [row.name for row in rows] == [row.name for row in swept[1]]
 
@@ -233,7 +233,9 @@ def test_the_report_has_every_run_in_a_page_of_its_own(swept, capsys):
 def test_the_plan_alone_trains_nothing(folder, tmp_path, capsys):
     sweep = SweepConfig(runs=sweeps.grid({"lora.rank": [1, 3], "seed": [0, 1]}), slots=2)
 
-    assert sweeps.train(config_of(folder), sweep, tmp_path / "plan", only_plan=True) == []
+    planned = sweeps.train(config_of(folder), sweep, tmp_path / "plan", only_plan=True)
+
+    assert (planned.outcome, planned.rows) == ("planned", [])
 
     table = capsys.readouterr().out
     assert re.search(r"lora +4 +2 +2 ", table)  # runs, slots, and compiles for two lengths
@@ -243,7 +245,7 @@ def test_the_plan_alone_trains_nothing(folder, tmp_path, capsys):
 def test_halving_ends_runs_that_others_outdo(folder, tmp_path):
     sweep = SweepConfig(runs=RUNS[:4], slots=2, halving=Halving(first=3, factor=2))
 
-    rows = sweeps.train(config_of(folder), sweep, tmp_path / "halved")
+    rows = sweeps.train(config_of(folder), sweep, tmp_path / "halved").rows
 
     ends = {(row.results["outcome"], row.results["step"]) for row in rows}
     assert ("finished", 12) in ends
@@ -262,7 +264,7 @@ def test_a_run_out_of_patience_and_a_collapsed_one_end_alone_and_their_slots_go_
     changes = [worsening, {"seed": 1}, unwatched, unwatched | {"seed": 1}]
     sweep = SweepConfig(runs=changes, slots=2, collapse_patience=2)
 
-    rows = sweeps.train(config_of(folder), sweep, tmp_path / "ended")
+    rows = sweeps.train(config_of(folder), sweep, tmp_path / "ended").rows
 
     ends = [(row.results["outcome"], row.results["step"]) for row in rows]
     assert ends == [("stopped_early", 8), ("collapsed", 8), *[("finished", 12)] * 2]

@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> None:
         with ray as nodes:
             kill = kill_node if way == "ray node" else kill_workers
             threading.Thread(target=kill, args=(directory, nodes, killed), daemon=True).start()
-            rows = sweeps.train(config, sweep, directory, launcher=launcher)
+            rows = sweeps.train(config, sweep, directory, launcher=launcher).rows
         found = table(rows)
         records.append(
             {

@@ -22,7 +22,7 @@ from lorax_ft.sweeps.specification import (
     load_sweep,
     make_runs,
 )
-from lorax_ft.sweeps.sweep import train
+from lorax_ft.sweeps.sweep import SweepResult, train
 
 __all__ = [
     "Group",
@@ -31,6 +31,7 @@ __all__ = [
     "Run",
     "Search",
     "SweepConfig",
+    "SweepResult",
     "best",
     "change",
     "choice",

@@ -291,7 +291,7 @@ def _exit_on_sigterm() -> Iterator[None]:
         return
 
     def leave(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
+        raise SystemExit(STOPPED)
 
     before = signal.signal(signal.SIGTERM, leave)
     try:

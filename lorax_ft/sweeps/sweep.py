@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,14 @@ from lorax_ft.sweeps.tables import results_table, text_table
 from lorax_ft.training import locks
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """Where a call of `train` left its sweep."""
+
+    outcome: str  # "finished", "preempted" or "planned"
+    rows: list[Row]  # the finished runs
+
+
 def train(
     config: ExperimentConfig,
     sweep: SweepConfig,
@@ -27,8 +36,8 @@ def train(
     only_plan: bool = False,
     launcher: str | None = None,
     resources: Mapping[str, Any] | None = None,
-) -> list[Row]:
-    """Trains the runs of a sweep that are not finished yet; returns those that are.
+) -> SweepResult:
+    """Trains the runs of a sweep that are not finished yet.
 
     Prints the plan first, and with `only_plan` nothing else happens. With a `launcher` ("local:4",
     "ray", "slurm") each group is trained by a worker with its `resources`, which plans it there.
@@ -48,7 +57,8 @@ def train(
     if only_plan:
         work = worker.prepare(parts, sweep, directory, only_plan=True)
         print(planning.plan_table([w.plan for w in work]) if work else "Every run is finished.")
-        return read_rows(directory)
+        return SweepResult(outcome="planned", rows=read_rows(directory))
+    outcome = "finished"
     with open_launcher(launcher, resources or {}, directory) as launch, locks.run_lock(directory):
 
         def record() -> None:
@@ -73,7 +83,7 @@ def train(
         rows = read_rows(directory)
         if rows:
             print(results_table(rows, sweep.metric, sweep.sign))
-        return rows
+        return SweepResult(outcome=outcome, rows=rows)
 
 
 def _hand_out(launch: Launch, task: worker.Task, left: Mapping[str, int]) -> None:
