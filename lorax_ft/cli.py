@@ -107,7 +107,7 @@ def train(values: Any, arguments: list[str]) -> int:
     directory = values.run_dir or default_run_dir(
         values["config"].config_filename, values["config"].override_values
     )
-    command = train_command(values["config"], directory)
+    command = command_line("train", values["config"], run_dir=directory)
     resources = resources_of(values.resource)
     if values.launcher == "ray":
         from lorax_ft import cluster
@@ -207,6 +207,7 @@ def sweep(values: Any, arguments: list[str]) -> int:
         only_plan=values.only_plan,
         launcher=None if values.launcher == "none" else values.launcher,
         resources=resources_of(values.resource),
+        command=command_line("sweep", config_flag, sweep=values.sweep, sweep_dir=directory),
     )
     if result.outcome == "preempted":
         return exit_codes.STOPPED
@@ -263,11 +264,12 @@ def resources_of(items: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def train_command(config: Any, run_dir: str) -> str:
-    """The command line that trains with a config flag's file and overrides."""
+def command_line(word: str, config: Any, **values: str) -> str:
+    """A command with a config flag's file and overrides, and with other flags."""
     overrides = [f"--config.{key}={value}" for key, value in config.override_values.items()]
-    arguments = [f"--config={config.config_filename}", *overrides, f"--run_dir={run_dir}"]
-    return shlex.join(["lorax-ft", "train", *arguments])
+    others = [f"--{name}={value}" for name, value in values.items()]
+    arguments = [f"--config={config.config_filename}", *overrides, *others]
+    return shlex.join(["lorax-ft", word, *arguments])
 
 
 def _config(values: Any) -> Any:

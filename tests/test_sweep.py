@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from lorax_ft import adapted, cli, experiment, finished, runs, sweeps
 from lorax_ft.config import ExperimentConfig, parse
@@ -83,7 +84,8 @@ def swept(folder, traces):
     directory = folder / "swept"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "make_outputs", make_outputs)
-        rows = sweeps.train(config_of(folder), SweepConfig(runs=RUNS, slots=2), directory).rows
+        sweep = SweepConfig(runs=RUNS, slots=2)
+        rows = sweeps.train(config_of(folder), sweep, directory, command="lorax-ft sweep mine").rows
     return directory, rows
 
 
@@ -101,11 +103,22 @@ def test_each_run_is_an_ordinary_run_directory(swept, folder):
         assert {"config.json", "metrics.jsonl", "adapter", "results.json", "loss.png"} <= {
             p.name for p in path.iterdir()
         }
+        assert "lorax-ft sweep mine" in (path / "peft" / "README.md").read_text()
     assert not (directory / "groups" / "lora" / "checkpoints").exists()
     row = rows[3]
     found = finished.evaluate(directory / "runs" / row.name, "test")
     assert found.metrics == pytest.approx(row.results["metrics"]["test"], rel=1e-5)
     assert finished.predict(directory / "runs" / row.name, ["the apple is red"])
+
+
+def test_a_run_is_exported_with_its_own_rank_and_not_with_its_slots(swept):
+    directory, rows = swept
+
+    for row, rank in zip(rows, (1, 1, 3, 3)):
+        folder = directory / "runs" / row.name / "peft"
+        assert json.loads((folder / "adapter_config.json").read_text())["r"] == rank
+        tensors = load_file(folder / "adapter_model.safetensors")
+        assert {min(x.shape) for name, x in tensors.items() if "lora_" in name} == {rank}
 
 
 def test_a_run_of_a_sweep_is_what_lorax_ft_train_makes_of_its_config(swept, folder, tmp_path):

@@ -40,8 +40,9 @@ DIVERGED, COLLAPSED, PRUNED = "diverged", "collapsed", "pruned"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Watch:
-    """What is done about runs that go wrong, and who is told of those that do not."""
+    """What is done about runs that go wrong, and who is told what."""
 
+    command: str = ""  # that their cards say they were made by
     collapse_patience: int | None = 3  # evaluations in a row of one class that end a run
     tick: Callable[[Mapping[int, Slot]], None] = lambda slots: None  # called at each
     end: Callable[[Slot], None] = lambda slot: None  # called when a run is over
@@ -297,6 +298,7 @@ def _finish(
             outcome=outcome,
             progress=slot.progress,
             evaluations=found[i],
+            command=watch.command,
         )
         slot.closing.close()
         queue.finish(slot.run, results)

@@ -36,11 +36,13 @@ def train(
     only_plan: bool = False,
     launcher: str | None = None,
     resources: Mapping[str, Any] | None = None,
+    command: str = "",
 ) -> SweepResult:
     """Trains the runs of a sweep that are not finished yet.
 
     Prints the plan first, and with `only_plan` nothing else happens. With a `launcher` ("local:4",
     "ray", "slurm") each group is trained by a worker with its `resources`, which plans it there.
+    `command` is what the cards of exported adapters say that they were made by.
     Raises before anything trains: ValueError for runs that the config does not allow and for a
     directory that holds something else, RuntimeError for one that another sweep is at work in,
     OSError for a storage or cluster that cannot be reached, ImportError for a search without Optuna
@@ -63,8 +65,8 @@ def train(
 
         def record() -> None:
             count, names = sum(part.count for part in parts), [part.name for part in parts]
-            content = {**describe(config, sweep), "groups": names, "runs": count}
-            write_record(directory, content)
+            made = {"groups": names, "runs": count, "command": command}
+            write_record(directory, {**describe(config, sweep), **made})
 
         if launch is None:
             shown = config.train.progress_bar

@@ -25,7 +25,7 @@ from lorax_ft.models.tensor_files import read_json
 from lorax_ft.prediction import Totals
 from lorax_ft.sweeps import planning
 from lorax_ft.sweeps.devices import one_for_each_core
-from lorax_ft.sweeps.directory import GROUPS, PLAN, RECORD, RUNS
+from lorax_ft.sweeps.directory import GROUPS, PLAN, RECORD, RUNS, read_record
 from lorax_ft.sweeps.groups import Group, group_runs
 from lorax_ft.sweeps.halving import Rungs
 from lorax_ft.sweeps.program import Program, Source, check_members, load_source
@@ -207,6 +207,7 @@ def _train_groups(
     """Takes each group out of `work` as it comes to its turn: what it held is free after it."""
     total = sum(sum(w.steps) for w in work)
     with _open_bar(total, count, sweep, shown) as watch:
+        watch = dataclasses.replace(watch, command=read_record(directory).get("command", ""))
         while work:
             w = work.pop(0)
             folders = (directory / GROUPS / w.plan.group, directory / RUNS)
