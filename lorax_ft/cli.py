@@ -192,7 +192,7 @@ def plan(values: Any, arguments: list[str]) -> None:
 
 def sweep(values: Any, arguments: list[str]) -> int:
     _no_arguments(arguments)
-    from lorax_ft.sweeps import load_sweep, one_for_each_core, train
+    from lorax_ft.sweeps import load_sweep, one_for_each_core, train, write_report
 
     one_for_each_core()
     config_flag = values["config"]
@@ -211,8 +211,8 @@ def sweep(values: Any, arguments: list[str]) -> int:
     )
     if result.outcome == "preempted":
         return exit_codes.STOPPED
-    if result.rows and result.outcome == "finished":
-        print(f"All of it is in {directory}; lorax-ft report {directory} makes its pages.")
+    if result.outcome == "finished":
+        print(f"\n{write_report(directory)}")
     return 0
 
 
@@ -322,12 +322,12 @@ COMMANDS = {
         run=plan,
     ),
     "sweep": Command(
-        description="Trains many runs of a config as one program; the same command goes on.",
+        description="Trains many runs as one program and reports them; the same command goes on.",
         define=options.add_sweep,
         run=sweep,
     ),
     "report": Command(
-        description="Writes the tables, figures and page of a sweep: lorax-ft report DIR.",
+        description="Reports a sweep anew, by any metric: lorax-ft report DIR.",
         define=options.add_report,
         run=report,
     ),

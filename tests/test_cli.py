@@ -103,12 +103,15 @@ def test_a_sweep_that_was_stopped_says_so_by_its_exit_code(
 
     monkeypatch.setattr(cli, "_config", lambda values: None)
     monkeypatch.setattr(sweeps, "train", train)
+    reported = []
+    monkeypatch.setattr(sweeps, "write_report", lambda folder: reported.append(folder) or "tables")
     file = tmp_path / "ranks.py"
     file.write_text("def get_sweep(top=4):\n    return [{'lora.rank': top}]\n")
     command = ["lorax-ft", "sweep", f"--config={config_file}", f"--sweep={file}:8"]
 
     assert cli.main(command) == code
     assert asked == ["runs/small-sweep=ranks-8"]
+    assert reported == (asked if outcome == "finished" else [])
 
 
 def test_traceback_shows_where_an_error_came_from(config_file, seen):

@@ -118,6 +118,7 @@ def test_a_sweep_command_makes_its_runs(command, minilm, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sweeps, "train", train)
+    monkeypatch.setattr(sweeps, "write_report", lambda folder: "")
 
     assert cli.main([*shlex.split(command), "--traceback"]) == 0
     assert len(sweeps.group_runs(seen)) > 1
