@@ -5,6 +5,7 @@ import csv
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -199,6 +200,12 @@ def test_the_best_run_and_any_other_come_back(swept):
     params, apply = sweeps.restore(directory, best.name)
 
     assert apply(params, {"input_ids": np.array([[7, 8, 4]], np.int32)}).shape == (1, 2)
+    chosen = sweeps.restore(directory, metric="test.loss")[0]
+    worst = sweeps.restore(directory, metric="test.loss", mode="max")[0]
+    assert all(map(np.array_equal, jax.tree.leaves(chosen), jax.tree.leaves(params)))
+    assert not all(map(np.array_equal, jax.tree.leaves(worst), jax.tree.leaves(params)))
+    with pytest.raises(ValueError, match=r"got run='a' beside metric='test\.loss'"):
+        sweeps.restore(directory, "a", metric="test.loss")
     with pytest.raises(FileNotFoundError, match="no run 'nothing'; it has 000"):
         sweeps.restore(directory, "nothing")
 
