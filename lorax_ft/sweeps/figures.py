@@ -11,7 +11,8 @@ import numpy as np
 
 from lorax_ft.experiment import method_names
 from lorax_ft.sweeps.directory import RUNS, Row
-from lorax_ft.sweeps.tables import Cell, run_records, setting_of
+from lorax_ft.sweeps.formats import Cell
+from lorax_ft.sweeps.tables import run_records, setting_of
 from lorax_ft.training.records import read_records
 
 MOST_CURVES = 24  # of more, the best are drawn

@@ -8,7 +8,7 @@ import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from lorax_ft.sweeps.tables import Cell, cell_text
+from lorax_ft.sweeps.formats import Cell, cell_text
 
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }

@@ -6,16 +6,9 @@ import pathlib
 
 from lorax_ft.sweeps.directory import criterion, read_record, read_rows
 from lorax_ft.sweeps.figures import draw
+from lorax_ft.sweeps.formats import csv_text, markdown_table, text_table
 from lorax_ft.sweeps.page import write_page
-from lorax_ft.sweeps.tables import (
-    comparisons_table,
-    csv_text,
-    judge,
-    markdown_table,
-    run_records,
-    settings_table,
-    text_table,
-)
+from lorax_ft.sweeps.tables import comparisons_table, judge, run_records, settings_table
 
 RUNS = "Runs"
 SETTINGS = "Settings, over seeds"

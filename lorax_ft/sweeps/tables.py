@@ -1,9 +1,7 @@
-"""Tables of a sweep: its runs, and means over seeds with intervals; as text, Markdown and CSV."""
+"""Tables of a sweep: its runs, and means over seeds with intervals."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -11,9 +9,8 @@ from typing import Any
 
 from lorax_ft.experiment import method_names
 from lorax_ft.sweeps.directory import Row
+from lorax_ft.sweeps.formats import Cell, cell_text, text_table
 from lorax_ft.sweeps.statistics import Summary, compare, summarize
-
-Cell = str | float | int | None
 
 
 def results_table(rows: Sequence[Row], metric: str, sign: int) -> str:
@@ -125,40 +122,6 @@ def setting_of(row: Row) -> str:
     return " ".join(parts) or method_names(row.config)
 
 
-def text_table(records: Sequence[Mapping[str, Cell]]) -> str:
-    """Records as lines of text, numbers to the right.
-
-    >>> print(text_table([{"run": "a", "accuracy": 0.5}, {"run": "bc", "accuracy": None}]))
-    run  accuracy
-    a      0.5000
-    bc
-    """
-    rows = _rows(records)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def markdown_table(records: Sequence[Mapping[str, Cell]]) -> str:
-    """Records as a table in Markdown."""
-    head, *rows = _rows(records)
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def csv_text(records: Sequence[Mapping[str, Cell]]) -> str:
-    """Records as CSV, numbers in full."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, fieldnames=list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: "" if v is None else v for k, v in r.items()} for r in records)
-    return file.getvalue()
-
-
 def _by_setting(rows: Sequence[Row], metric: str) -> dict[str, dict[int, float]]:
     """A metric by setting and seed."""
     found: dict[str, dict[int, float]] = {}
@@ -189,23 +152,5 @@ def _cost(row: Row) -> dict[str, Cell]:
     }
 
 
-def _rows(records: Sequence[Mapping[str, Cell]]) -> list[list[str]]:
-    names = list(records[0])
-    return [names, *([cell_text(record.get(name)) for name in names] for record in records)]
-
-
 def _cell(value: Any) -> Cell:
     return value if isinstance(value, str | int | float) or value is None else json.dumps(value)
-
-
-def cell_text(value: Any) -> str:
-    """A value as a table shows it: a float to four digits behind the point, or to four in all.
-
-    >>> cell_text(0.98765), cell_text(0.0003), cell_text(2e30), cell_text(1234), cell_text(None)
-    ('0.9877', '0.0003', '2e+30', '1,234', '')
-    """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, float):
-        return f"{value:.4f}" if value == 0 or 0.01 <= abs(value) < 1e6 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
