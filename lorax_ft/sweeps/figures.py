@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from lorax_ft.experiment import method_names
 from lorax_ft.sweeps.directory import RUNS, Row
 from lorax_ft.sweeps.formats import Cell
-from lorax_ft.sweeps.tables import run_records, setting_of
+from lorax_ft.sweeps.settings import SEEDS, flat_changes, group_settings
+from lorax_ft.sweeps.tables import run_records
 from lorax_ft.training.records import read_records
 
 MOST_CURVES = 24  # of more, the best are drawn
@@ -24,6 +25,7 @@ def draw(
     """Draws the figures that the runs have data for; titles by the names of their PNG files."""
     target.mkdir(parents=True, exist_ok=True)
     scored = [row for row in rows if math.isfinite(row.metric(metric))]
+    finished = [row for row in scored if row.is_finished]
     drawn: dict[str, str] = {}
 
     def save(name: str, title: str, paint: Callable[[Any], bool]) -> None:
@@ -38,9 +40,9 @@ def draw(
             figure.savefig(target / f"{name}.png", format="png", dpi=120)
             drawn[f"{name}.png"] = title
 
-    for key in _numeric_keys(scored):
+    for key in _numeric_keys(finished):
         name = f"by_{key.rpartition('.')[2]}"
-        save(name, f"{metric} by {key}", lambda axis, key=key: _by_key(axis, scored, key, metric))
+        save(name, f"{metric} by {key}", lambda axis, key=key: _by_key(axis, finished, key, metric))
     save(
         "by_trainable_share",
         f"{metric} by trainable share",
@@ -67,22 +69,22 @@ def draw(
 
 def _by_key(axis: Any, rows: Sequence[Row], key: str, metric: str) -> bool:
     """Means over seeds by a number that varies, a line for each setting of the rest."""
-    lines: dict[str, dict[float, list[float]]] = {}
-    for row in rows:
-        if (value := _number(row, key)) is not None:
-            rest = {k: v for k, v in row.changes.items() if k != key}
-            name = setting_of(_with_changes(row, rest))
-            lines.setdefault(name, {}).setdefault(value, []).append(row.metric(metric))
-    for name, points in sorted(lines.items()):
+    numbered = [row for row in rows if _number(row, key) is not None]
+    lines = group_settings(numbered, without=key)
+    for line in sorted(lines, key=lambda line: line.text):
+        points: dict[float, list[float]] = {}
+        for row in line.rows:
+            points.setdefault(float(flat_changes(row)[key]), []).append(row.metric(metric))
         xs = sorted(points)
         means = [float(np.mean(points[x])) for x in xs]
         errors = [float(np.std(points[x], ddof=1)) if len(points[x]) > 1 else 0.0 for x in xs]
-        axis.errorbar(xs, means, errors, marker="o", markersize=4, capsize=3, label=name[:40])
-    values = sorted({x for points in lines.values() for x in points})
+        name = line.text[:40]
+        axis.errorbar(xs, means, errors, marker="o", markersize=4, capsize=3, label=name)
+    values = sorted({float(flat_changes(row)[key]) for row in numbered})
     if values[0] > 0 and values[-1] / values[0] >= 8:
         axis.set_xscale("log", base=2 if all(v == int(v) for v in values) else 10)
     _finish(axis, key, metric, len(lines))
-    return len(values) > 1
+    return True
 
 
 def _points(
@@ -166,7 +168,7 @@ def _positions(values: list[Cell]) -> list[float]:
 
 def _varying(rows: Sequence[Row], records: Sequence[Mapping[str, Cell]]) -> list[str]:
     """The columns that runs differ in by choice: methods, seeds and changed keys."""
-    changed = {key for row in rows for key in row.changes}
+    changed = {key for row in rows for key in flat_changes(row)}
     names = ["method", "seed", *(name for name in records[0] if name in changed)]
     return [
         name
@@ -176,29 +178,18 @@ def _varying(rows: Sequence[Row], records: Sequence[Mapping[str, Cell]]) -> list
 
 
 def _numeric_keys(rows: Sequence[Row]) -> list[str]:
-    """Changed keys, but for the seed, that have numbers of two sizes or more."""
-    keys = list(dict.fromkeys(key for row in rows for key in row.changes))
-    return [
-        key
-        for key in keys
-        if key not in ("seed", "data.loader.seed")
-        and len({n for row in rows if (n := _number(row, key)) is not None}) > 1
-    ]
+    """Changed keys, but for seeds, that have numbers of two sizes or more."""
+    keys = dict.fromkeys(key for row in rows for key in flat_changes(row) if key not in SEEDS)
+    return [key for key in keys if len({_number(row, key) for row in rows} - {None}) > 1]
 
 
 def _number(row: Row, key: str) -> float | None:
-    value = row.changes.get(key)
-    return float(value) if value is not None and _is_number(value) else None
+    value = flat_changes(row).get(key)
+    return float(value) if _is_number(value) else None
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _with_changes(row: Row, changes: Mapping[str, Any]) -> Row:
-    return Row(
-        name=row.name, group=row.group, changes=changes, config=row.config, results=row.results
-    )
 
 
 def _share(row: Row) -> float:
