@@ -219,6 +219,53 @@ def test_ranks_given_with_their_method_are_drawn(tmp_path):
     assert "parallel_coordinates.png" in drawn
     for name in drawn:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (tmp_path / name).with_suffix(".svg").read_text()
+
+
+def test_keys_that_end_alike_have_figures_of_their_own(tmp_path):
+    rows = [
+        row({**sweeps.method("lora", rank=rank, rank_pattern={".*/query/kernel": wide})}, 0.5)
+        for rank, wide in ((1, 3), (2, 5))
+    ]
+    rows += [row(sweeps.method("vera", rank=rank), 0.5) for rank in (64, 128)]
+
+    drawn = draw(rows, tmp_path)
+
+    assert {"by_lora.rank.png", "by_vera.rank.png", "by__query_kernel.png"} <= set(drawn)
+    assert all((tmp_path / name).exists() for name in drawn)
+
+
+def test_what_methods_cost_is_drawn_at_their_best_settings(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    bars, barh = [], Axes.barh
+    monkeypatch.setattr(
+        Axes, "barh", lambda self, y, width: bars.append((y, width)) or barh(self, y, width)
+    )
+    rows = [
+        row({RATE: 0.1, "seed": 0}, 0.8, seconds=3.0),
+        row({RATE: 0.1, "seed": 1}, 0.8, seconds=5.0),
+        row({RATE: 0.1, "seed": 2}, 0.8, seconds=90.0, outcome="diverged"),
+        row({RATE: 0.2}, 0.7, seconds=70.0),
+        row(sweeps.method("ia3"), 0.9, seconds=1.0),
+    ]
+
+    drawn = draw(rows, tmp_path)
+
+    assert "cost_by_method.png" in drawn
+    assert drawn["by_cost.png"].endswith("hollow are runs that did not finish")
+    assert bars == [(["ia3", "lora"], [1.0, 4.0]), (["ia3", "lora"], [0.1, 0.1])]
+    assert "cost_by_method.png" not in draw(rows[:-1], tmp_path)
+
+
+def test_the_same_runs_give_the_same_svg(tmp_path):
+    rows = [row({"lora.rank": rank}, rank / 10) for rank in (1, 2)]
+    draw(rows, tmp_path)
+    before = (tmp_path / "by_rank.svg").read_bytes()
+
+    draw(rows, tmp_path)
+
+    assert (tmp_path / "by_rank.svg").read_bytes() == before
 
 
 def test_means_in_figures_are_over_finished_runs(tmp_path, monkeypatch):
@@ -240,6 +287,12 @@ def test_means_in_figures_are_over_finished_runs(tmp_path, monkeypatch):
     draw(rows, tmp_path)
 
     assert lines == [([1.0, 2.0], [0.5, 0.7])]
+
+
+def test_parallel_coordinates_put_what_is_missing_below():
+    assert figures._positions([4, None, 16]) == [0.0, figures.NOWHERE, 1.0]
+    assert figures._positions([2, 10]) == [0.0, 1.0]  # by size, not as texts
+    assert figures._positions(["b", None, "a"]) == [1.0, figures.NOWHERE, 0.0]
 
 
 def test_the_report_says_what_its_numbers_are_of(tmp_path):
