@@ -2,12 +2,13 @@
 
 import csv
 import json
+import sys
 
 import pytest
 
 from lorax_ft import runs, sweeps
 from lorax_ft.config import ExperimentConfig, parse
-from lorax_ft.sweeps import directory, figures, statistics, tables
+from lorax_ft.sweeps import directory, figures, formats, statistics, tables
 
 METRIC = "validation.accuracy"
 RATE = "optimizer.learning_rate"
@@ -331,3 +332,33 @@ def test_a_sweep_of_which_no_run_finished_has_a_report(tmp_path):
 
     assert "2 of 3 runs have ended: 2 collapsed." in text
     assert text.count("collapsed 1") == 2
+
+
+def test_runs_are_written_as_parquet_too(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [
+        row({"lora.targets": targets, "lora.alpha": alpha, "seed": i}, 0.5 + i / 10)
+        for i, (targets, alpha) in enumerate(((["query"], 8), ("all-linear", 16.5)))
+    ]
+    write_sweep(tmp_path, rows)
+
+    sweeps.write_report(tmp_path)
+
+    read = parquet.read_table(tmp_path / "report" / "runs.parquet").to_pylist()
+    assert read == tables.run_records(sweeps.read_rows(tmp_path))
+    mixed = [{"a": 1, "b": "x", "c": None}, {"a": "one", "b": None, "c": None}]
+    assert formats.write_parquet(tmp_path / "mixed.parquet", mixed)
+    assert parquet.read_table(tmp_path / "mixed.parquet").to_pylist() == [
+        {"a": "1", "b": "x", "c": None},
+        {"a": "one", "b": None, "c": None},
+    ]
+
+
+def test_without_pyarrow_there_is_no_parquet(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    write_sweep(tmp_path, [row({}, 0.5)])
+
+    sweeps.write_report(tmp_path)
+
+    assert (tmp_path / "report" / "runs.csv").exists()
+    assert not (tmp_path / "report" / "runs.parquet").exists()

@@ -1,10 +1,11 @@
-"""Records as text, Markdown and CSV."""
+"""Records as text, Markdown, CSV and Parquet."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,21 @@ def csv_text(records: Sequence[Mapping[str, Cell]]) -> str:
     return file.getvalue()
 
 
+def write_parquet(path: pathlib.Path, records: Sequence[Mapping[str, Cell]]) -> bool:
+    """Writes records as Parquet and returns True; without pyarrow writes nothing, returns False.
+
+    A column of numbers and texts becomes one of texts, for Parquet's are of one type.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        return False
+    columns = {name: _of_one_type([record[name] for record in records]) for name in records[0]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return True
+
+
 def cell_text(value: Any) -> str:
     """A value as a table shows it: a float to four digits behind the point, or to four in all.
 
@@ -67,3 +83,10 @@ def cell_text(value: Any) -> str:
 def _rows(records: Sequence[Mapping[str, Cell]]) -> list[list[str]]:
     names = list(records[0])
     return [names, *([cell_text(record.get(name)) for name in names] for record in records)]
+
+
+def _of_one_type(values: list[Cell]) -> list[Cell]:
+    kinds = {type(value) for value in values if value is not None}
+    if len(kinds) == 1 or kinds == {int, float}:
+        return values
+    return [None if value is None else str(value) for value in values]

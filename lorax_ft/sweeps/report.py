@@ -1,4 +1,4 @@
-"""The report of a sweep: CSV, Markdown, figures and a page, in its folder `report`."""
+"""The report of a sweep: CSV, Parquet, Markdown, figures and a page, in its folder `report`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from lorax_ft.sweeps.directory import Row, criterion, read_record, read_rows
 from lorax_ft.sweeps.figures import draw
-from lorax_ft.sweeps.formats import csv_text, markdown_table, text_table
+from lorax_ft.sweeps.formats import csv_text, markdown_table, text_table, write_parquet
 from lorax_ft.sweeps.page import write_page
 from lorax_ft.sweeps.settings import warned
 from lorax_ft.sweeps.tables import (
@@ -36,8 +36,8 @@ def write_report(
     finished, early stops among them; runs that were pruned, diverged or collapsed are counted
     beside them. A method is compared with the best one, and a setting with the best one, on the
     seeds that both have: the 95 % confidence interval of the mean difference, and the paired
-    t-test, its p also corrected as `statistics.holm` does.
-    Raises FileNotFoundError where there is no sweep, ValueError where no run that has
+    t-test, its p also corrected as `statistics.holm` does. Parquet is written where pyarrow is
+    installed. Raises FileNotFoundError where there is no sweep, ValueError where no run that has
     ended has the metric.
     """
     directory = pathlib.Path(sweep_dir)
@@ -59,6 +59,7 @@ def write_report(
         lead += " p Holm is p corrected for the number of comparisons in its table."
     (target / "runs.csv").write_text(csv_text(tables[RUNS]), "utf-8")
     (target / "settings.csv").write_text(csv_text(tables[SETTINGS]), "utf-8")
+    write_parquet(target / "runs.parquet", tables[RUNS])
     sections = [f"## {heading}\n\n{markdown_table(table)}" for heading, table in tables.items()]
     pictures = [f"![{title}]({name})" for name, title in figures.items()]
     text = "\n".join([f"# {directory.name}\n\n{lead}\n", *sections, *pictures]) + "\n"
