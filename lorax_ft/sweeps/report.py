@@ -64,10 +64,15 @@ def write_report(
     pictures = [f"![{title}]({name})" for name, title in figures.items()]
     text = "\n".join([f"# {directory.name}\n\n{lead}\n", *sections, *pictures]) + "\n"
     (target / "report.md").write_text(text, "utf-8")
-    images = {target / name: title for name, title in figures.items()}
+    images = {_smaller(target / name): title for name, title in figures.items()}
     write_page(target / "index.html", directory.name, lead, tables, images)
     shown = [f"{heading}\n{text_table(table)}" for heading, table in tables.items()]
     return "\n\n".join([lead, *shown[:-1], f"The page is {target / 'index.html'}."])
+
+
+def _smaller(image: pathlib.Path) -> pathlib.Path:
+    """A PNG file, or the SVG beside it: of a few lines this is smaller, of many points that."""
+    return min(image, image.with_suffix(".svg"), key=lambda path: path.stat().st_size)
 
 
 def _lead(rows: Sequence[Row], planned: int, metric: str, sign: int) -> str:
