@@ -5,6 +5,7 @@ import csv
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -15,7 +16,6 @@ from lorax_ft.sweeps import program, slots
 from lorax_ft.sweeps.halving import Rungs
 from lorax_ft.sweeps.specification import Halving, SweepConfig
 from lorax_ft.sweeps.statistics import compare
-from lorax_ft.sweeps.tables import comparisons_table
 from lorax_ft.training.records import read_records
 from tests import tiny
 
@@ -199,33 +199,14 @@ def test_the_best_run_and_any_other_come_back(swept):
     params, apply = sweeps.restore(directory, best.name)
 
     assert apply(params, {"input_ids": np.array([[7, 8, 4]], np.int32)}).shape == (1, 2)
+    chosen = sweeps.restore(directory, metric="test.loss")[0]
+    worst = sweeps.restore(directory, metric="test.loss", mode="max")[0]
+    assert all(map(np.array_equal, jax.tree.leaves(chosen), jax.tree.leaves(params)))
+    assert not all(map(np.array_equal, jax.tree.leaves(worst), jax.tree.leaves(params)))
+    with pytest.raises(ValueError, match=r"got run='a' beside metric='test\.loss'"):
+        sweeps.restore(directory, "a", metric="test.loss")
     with pytest.raises(FileNotFoundError, match="no run 'nothing'; it has 000"):
         sweeps.restore(directory, "nothing")
-
-
-def test_methods_are_chosen_by_validation_and_compared_by_test():
-    def row(method, rate, seed, validation, test):
-        values = {"model": {"path": "m"}, "data": {"source": {"train": "t"}}, method: {}}
-        config = parse({**values, "seed": seed}, ExperimentConfig)
-        changes = {"optimizer.learning_rate": rate, method: {}, "seed": seed}
-        metrics = {"validation": {"accuracy": validation}, "test": {"accuracy": test}}
-        counts = {"trainable": 10, "total": 100}
-        results = {"metrics": metrics, "parameters": counts}
-        return sweeps.Row(name="", group="", changes=changes, config=config, results=results)
-
-    rows = [
-        *(row("lora", 0.1, seed, 0.8, 0.7 + seed / 100) for seed in range(3)),
-        *(row("lora", 0.2, seed, 0.7, 0.9) for seed in range(3)),  # better by chance
-        *(row("ia3", 0.1, seed, 0.6, 0.6 + seed / 50) for seed in range(3)),
-    ]
-    lora, ia3 = comparisons_table(rows, "validation.accuracy", 1)
-
-    assert (lora["method"], lora["setting"]) == ("lora", "optimizer.learning_rate=0.1000 lora")
-    assert lora["validation.accuracy"] == pytest.approx(0.8)
-    assert (lora["mean"], lora["share"]) == pytest.approx((0.71, 0.1))
-    assert ia3["difference"] == pytest.approx(-0.09)
-    assert ia3["pairs"] == 3
-    assert "validation.accuracy" not in comparisons_table(rows, "test.accuracy", 1)[0]
 
 
 def test_the_report_has_every_run_in_a_page_of_its_own(swept, capsys):

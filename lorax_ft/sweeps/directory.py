@@ -27,6 +27,7 @@ from lorax_ft.sweeps.specification import SweepConfig
 FORMAT = 1
 RECORD, MEMBER, PLAN = "sweep.json", "member.json", "plan.json"
 RUNS, GROUPS, JOBS = "runs", "groups", "slurm"
+FINISHED = ("finished", "stopped_early")  # the others were ended: pruned, diverged, collapsed
 
 
 def check_directory(directory: pathlib.Path, config: ExperimentConfig, sweep: SweepConfig) -> None:
@@ -84,13 +85,24 @@ def read_record(directory: str | pathlib.Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """A finished run of a sweep."""
+    """A run of a sweep that has ended."""
 
     name: str
     group: str
     changes: Mapping[str, Any]  # of the base config
     config: ExperimentConfig
     results: Mapping[str, Any]  # what its results.json has
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it was trained to its end, or stopped when it no longer got better."""
+        return self.results["outcome"] in FINISHED
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        """The run's seed and that of its data's order."""
+        order = self.config.data.loader.seed
+        return self.config.seed, self.config.seed if order is None else order
 
     def metric(self, name: str) -> float:
         """A metric by split and name, such as "validation.accuracy"; NaN where there is none."""
@@ -106,7 +118,7 @@ def write_member(run_dir: pathlib.Path, run: Run, group: str) -> None:
 
 
 def read_rows(sweep_dir: str | pathlib.Path) -> list[Row]:
-    """The finished runs of a sweep, in its order."""
+    """The runs of a sweep that have ended, in its order."""
     rows = []
     for path in sorted(pathlib.Path(sweep_dir).glob(f"{RUNS}/*")):
         if (results := runs.read_results(path)) and (path / MEMBER).exists():
@@ -131,21 +143,35 @@ def criterion(
 def best(sweep_dir: str | pathlib.Path, metric: str | None = None, mode: str | None = None) -> Row:
     """The run with the best metric, by default that of the sweep; the earlier of equals.
 
-    `metric` is a split and a name, such as "validation.accuracy". Raises ValueError where no run
-    that is finished has it.
+    `metric` is a split and a name, such as "validation.accuracy"; `mode` is "max" or "min" of it,
+    by default as its name says. A run that was pruned, or diverged, is as good as what it left.
+    Raises ValueError where no run that has ended has the metric.
     """
     name, sign = criterion(sweep_dir, metric, mode)
     rows = [row for row in read_rows(sweep_dir) if math.isfinite(row.metric(name))]
     if not rows:
-        raise ValueError(f"{sweep_dir}: no run of this sweep is finished and has {name}.")
+        raise ValueError(f"{sweep_dir}: no run of this sweep has ended with {name}.")
     return max(rows, key=lambda row: sign * row.metric(name))
 
 
 def restore(
-    sweep_dir: str | pathlib.Path, run: str | None = None
+    sweep_dir: str | pathlib.Path,
+    run: str | None = None,
+    *,
+    metric: str | None = None,
+    mode: str | None = None,
 ) -> tuple[Any, Callable[..., Any]]:
-    """Parameters and `apply` of a run, by default the best; see `finished.restore`."""
-    name = best(sweep_dir).name if run is None else run
+    """Parameters and `apply` of a run, by default the best; see `finished.restore`.
+
+    Which is best, `metric` and `mode` say as in `best`. Raises as that does, FileNotFoundError for
+    a run that is not there, and ValueError for both a run and a metric.
+    """
+    if run is not None and (metric is not None or mode is not None):
+        raise ValueError(
+            f"restore: got run={run!r} beside metric={metric!r} and mode={mode!r}; expected a run, "
+            "or how to choose one."
+        )
+    name = best(sweep_dir, metric, mode).name if run is None else run
     path = pathlib.Path(sweep_dir) / RUNS / name
     if not path.is_dir():
         names = sorted(entry.name for entry in path.parent.glob("*"))

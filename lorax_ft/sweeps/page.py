@@ -8,7 +8,10 @@ import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from lorax_ft.sweeps.tables import Cell, cell_text
+from lorax_ft.sweeps.formats import Cell, cell_text
+
+IMAGES = {".png": "image/png", ".svg": "image/svg+xml"}
+LONG = 120  # characters of a text that is broken into lines
 
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
@@ -18,25 +21,26 @@ table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabu
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #8885; text-align: right; }
 th.text, td.text { text-align: left; }
 td { white-space: nowrap; }
+td.long { white-space: normal; min-width: 24rem; }
 th button { all: unset; cursor: pointer; font-weight: 600; }
 th button:focus-visible { outline: 2px solid; }
 th[aria-sort=ascending] button::after { content: " \\25B2"; }
 th[aria-sort=descending] button::after { content: " \\25BC"; }
 figure { display: inline-block; margin: .5rem 1rem 1rem 0; }
-figure img { max-width: 100%; background: #fff; }
+figure img { width: 60rem; max-width: 100%; background: #fff; }
 figcaption { font-size: .85rem; }
 """
 
-# Sorts by the cells' data-value: as numbers where all are, what is missing at the end.
+# Sorts by the cells' data-value: numbers by size, texts after them, what is missing at the end.
 SCRIPT = """
 function key(cell) {
   const text = cell.dataset.value;
   const number = Number(text);
-  return text === "" ? null : Number.isNaN(number) ? text : number;
+  return text.trim() === "" ? null : Number.isNaN(number) ? text : number;
 }
 function compare(a, b) {
-  if (typeof a === "number" && typeof b === "number") return a - b;
-  return String(a).localeCompare(String(b));
+  if (typeof a !== typeof b) return typeof a === "number" ? -1 : 1;
+  return typeof a === "number" ? a - b : a.localeCompare(b);
 }
 document.querySelectorAll("th button").forEach(button => button.addEventListener("click", () => {
   const head = button.parentElement, body = head.closest("table").tBodies[0];
@@ -60,9 +64,10 @@ def write_page(
     tables: Mapping[str, Sequence[Mapping[str, Cell]]],
     figures: Mapping[pathlib.Path, str],
 ) -> None:
-    """Writes the page: a line of what it is of, tables by heading, PNG figures after the first one.
+    """Writes the page: a line of what it is of, tables by heading, figures after the first one.
 
-    Everything is within the file, so it needs no network and can be sent as it is.
+    `figures` are captions by PNG or SVG file. Everything is within the page, so it needs no network
+    and can be sent as it is.
     """
     parts = [
         "<!doctype html>",
@@ -86,7 +91,7 @@ def _figures(figures: Mapping[pathlib.Path, str]) -> list[str]:
     for image, caption in figures.items():
         data, words = base64.b64encode(image.read_bytes()).decode(), html.escape(caption)
         parts.append(
-            f'<figure><img alt="{words}" src="data:image/png;base64,{data}">'
+            f'<figure><img alt="{words}" src="data:{IMAGES[image.suffix]};base64,{data}">'
             f"<figcaption>{words}</figcaption></figure>"
         )
     return parts
@@ -94,10 +99,7 @@ def _figures(figures: Mapping[pathlib.Path, str]) -> list[str]:
 
 def _table(records: Sequence[Mapping[str, Cell]]) -> str:
     names = list(records[0])
-    classes = {
-        name: ' class="text"' if any(isinstance(r.get(name), str) for r in records) else ""
-        for name in names
-    }
+    classes = {name: _class([record.get(name) for record in records]) for name in names}
     head = "".join(
         f'<th scope="col"{classes[name]}><button type="button">{html.escape(name)}</button></th>'
         for name in names
@@ -111,6 +113,13 @@ def _table(records: Sequence[Mapping[str, Cell]]) -> str:
         f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody>'
         "</table></div>"
     )
+
+
+def _class(column: Sequence[Cell]) -> str:
+    """What a column's cells are: numbers, texts, or texts of several lines."""
+    longest = max((len(value) for value in column if isinstance(value, str)), default=0)
+    kinds = ["text"] * (longest > 0) + ["long"] * (longest > LONG)
+    return f' class="{" ".join(kinds)}"' if kinds else ""
 
 
 def _cell(value: Cell, kind: str) -> str:

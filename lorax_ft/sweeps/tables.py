@@ -1,23 +1,40 @@
-"""Tables of a sweep: its runs, and means over seeds with intervals; as text, Markdown and CSV."""
+"""Tables of a sweep: its runs, and means over seeds with intervals and comparisons.
+
+Means are over the runs that finished, early stops among them, and so are comparisons. Of the
+others, which were pruned, diverged or collapsed, the column `unfinished` says how many there are;
+`warnings` is of how many finished runs there is something to warn of.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from lorax_ft.config import flat
 from lorax_ft.experiment import method_names
 from lorax_ft.sweeps.directory import Row
-from lorax_ft.sweeps.statistics import Summary, compare, summarize
+from lorax_ft.sweeps.formats import Cell, text_table
+from lorax_ft.sweeps.settings import (
+    Setting,
+    best_by_method,
+    flat_changes,
+    group_settings,
+    ranked,
+    unfinished,
+    warned,
+)
+from lorax_ft.sweeps.statistics import Summary, compare, holm
 
-Cell = str | float | int | None
+OPTIONAL = (  # columns that are left out where no record has anything there
+    *("unfinished", "warnings", "warning"),
+    *("difference", "difference low", "difference high", "p", "p Holm"),
+)
 
 
 def results_table(rows: Sequence[Row], metric: str, sign: int) -> str:
-    """The finished runs as lines of text, the best first."""
+    """The runs that have ended as lines of text, the best first."""
 
     def order(row: Row) -> float:
         value = row.metric(metric)
@@ -31,38 +48,43 @@ def results_table(rows: Sequence[Row], metric: str, sign: int) -> str:
 
 
 def run_records(rows: Sequence[Row]) -> list[dict[str, Cell]]:
-    """A flat record of each run: what it changes, all its metrics, what it cost.
+    """A flat record of each run: what it changes, all its metrics, what it cost, its warnings.
 
     Every record has the same keys; what a run does not have is None.
     """
-    records = []
-    for row in rows:
-        record: dict[str, Cell] = {"run": row.name, "method": method_names(row.config)}
-        record["seed"] = row.config.seed
-        for key, value in row.changes.items():
-            if not isinstance(value, Mapping) and value is not None and key != "seed":
-                record[key] = value if isinstance(value, str | int | float) else json.dumps(value)
-            elif isinstance(value, Mapping):
-                record |= {f"{key}.{name}": _cell(inner) for name, inner in value.items()}
-        for part, metrics in row.results["metrics"].items():
-            record |= {f"{part}.{name}": value for name, value in metrics.items()}
-        records.append(record | _cost(row))
-    names = list(dict.fromkeys(name for record in records for name in record))
-    return [{name: record.get(name) for name in names} for record in records]
+    changes = [
+        {key: _cell(value) for key, value in flat_changes(row).items() if value not in (None, {})}
+        for row in rows
+    ]
+    changed = dict.fromkeys(key for row in changes for key in row if key != "seed")
+    metrics = [
+        {key.removeprefix("."): v for key, v in flat(row.results["metrics"], "").items()}
+        for row in rows
+    ]
+    measured = dict.fromkeys(name for row in metrics for name in row)
+    return _even(
+        [
+            {"run": row.name, "method": method_names(row.config), "seed": row.config.seed}
+            | {key: change.get(key) for key in changed}
+            | {name: found.get(name) for name in measured}
+            | _cost(row)
+            | {"warning": " ".join(dict.fromkeys(row.results["warnings"])) or None}
+            for row, change, found in zip(rows, changes, metrics)
+        ]
+    )
 
 
 def settings_table(rows: Sequence[Row], metric: str, sign: int) -> list[dict[str, Cell]]:
     """A record for each setting: its mean over seeds, the deviation and the interval of the mean.
 
-    Runs that differ in their seed alone are of one setting. The best setting is first.
+    The best setting is first; those of which no run finished are last, without a mean.
     """
-    found = [
-        (summary, setting)
-        for setting, summary in summarize(_by_setting(rows, metric)).items()
-        if summary.count
-    ]
-    found.sort(key=lambda pair: -sign * pair[0].mean)
-    return [{"setting": setting, **_summary(summary)} for summary, setting in found]
+    settings = group_settings(rows)
+    order = ranked(settings, metric, sign)
+    order += [setting for setting in settings if not setting.summary(metric).count]
+    return _even(
+        [{"setting": s.text, **_summary(s.summary(metric)), **_troubles(s)} for s in order]
+    )
 
 
 def comparisons_table(rows: Sequence[Row], metric: str, sign: int) -> list[dict[str, Cell]]:
@@ -70,111 +92,86 @@ def comparisons_table(rows: Sequence[Row], metric: str, sign: int) -> list[dict[
 
     One setting for all methods would compare settings. Settings are chosen by `metric`; what they
     are compared by is `judge(rows, metric)`, which no choice was made by where there is such a one.
+    A method of which no run finished is last, with all its runs counted.
     """
-    scores, held_out = _by_setting(rows, metric), _by_setting(rows, judge(rows, metric))
-    chosen_by = summarize(scores)
-    examples = {setting_of(row): row for row in rows}
-    best: dict[str, str] = {}  # the setting of each method
-    for setting, row in examples.items():
-        name = method_names(row.config)
-        if chosen_by[setting].count and (
-            name not in best or sign * chosen_by[setting].mean > sign * chosen_by[best[name]].mean
-        ):
-            best[name] = setting
-    ranked = sorted(best, key=lambda name: -sign * chosen_by[best[name]].mean)
-    summaries = summarize(held_out)
+    judged = judge(rows, metric)
+    best = best_by_method(group_settings(rows), metric, sign)
     records: list[dict[str, Cell]] = []
-    for name in ranked:
-        setting, counts = best[name], examples[best[name]].results["parameters"]
-        record: dict[str, Cell] = {"method": name, "setting": setting}
+    for setting, difference in zip(best.values(), _differences(list(best.values()), judged)):
+        counts = setting.rows[0].results["parameters"]
+        record: dict[str, Cell] = {"method": setting.method, "setting": setting.text}
         record |= {"trainable": counts["trainable"], "share": counts["trainable"] / counts["total"]}
-        if held_out != scores:
-            record[metric] = chosen_by[setting].mean
-        record |= _summary(summaries[setting])
-        if name != ranked[0]:
-            found = compare(held_out[setting], held_out[best[ranked[0]]])
-            record |= {
-                "difference": found.difference,
-                "difference low": found.low,
-                "difference high": found.high,
-                "p": found.p,
-                "pairs": found.pairs,
-            }
-        records.append(record)
-    names = list(dict.fromkeys(name for record in records for name in record))
-    return [{name: record.get(name) for name in names} for record in records]
+        if judged != metric:
+            record[metric] = setting.summary(metric).mean
+        records.append(record | _summary(setting.summary(judged)) | _troubles(setting) | difference)
+    for name in dict.fromkeys(method_names(row.config) for row in rows):
+        if name not in best:
+            runs = [row for row in rows if method_names(row.config) == name]
+            records.append({"method": name, "unfinished": unfinished(runs)})
+    return _even(records)
+
+
+def settings_comparisons(rows: Sequence[Row], metric: str, sign: int) -> list[dict[str, Cell]]:
+    """Each setting against the best one, of whatever method, paired by seed.
+
+    The best is chosen by `metric`, and they are compared by `judge(rows, metric)`. Empty where no
+    two settings have two seeds in common, for then there is nothing to tell from chance.
+    """
+    judged = judge(rows, metric)
+    order = ranked(group_settings(rows), metric, sign)
+    differences = _differences(order, judged)
+    if not any(difference.get("difference low") is not None for difference in differences):
+        return []
+    return _even(
+        [
+            {"setting": s.text, judged: s.summary(judged).mean, **_troubles(s), **difference}
+            for s, difference in zip(order, differences)
+        ]
+    )
 
 
 def judge(rows: Sequence[Row], metric: str) -> str:
-    """The same metric of the test split where the runs have it, else `metric` itself."""
+    """The same metric of the test split where finished runs have it, else `metric` itself."""
     test = f"test.{metric.partition('.')[2]}"
-    return test if any(math.isfinite(row.metric(test)) for row in rows) else metric
+    return test if any(r.is_finished and math.isfinite(r.metric(test)) for r in rows) else metric
 
 
-def setting_of(row: Row) -> str:
-    """What a run changes but for its seed, in words."""
-    parts = []
-    for key, value in row.changes.items():
-        if key in ("seed", "data.loader.seed") or value is None:
-            continue
-        if isinstance(value, Mapping):
-            inner = ", ".join(f"{name}={cell_text(v)}" for name, v in value.items())
-            parts.append(f"{key}({inner})" if inner else key)
-        else:
-            parts.append(f"{key}={cell_text(value)}")
-    return " ".join(parts) or method_names(row.config)
+def _differences(settings: Sequence[Setting], metric: str) -> list[dict[str, Cell]]:
+    """How each setting differs from the first, seed by seed; of the first itself, nothing.
 
-
-def text_table(records: Sequence[Mapping[str, Cell]]) -> str:
-    """Records as lines of text, numbers to the right.
-
-    >>> print(text_table([{"run": "a", "accuracy": 0.5}, {"run": "bc", "accuracy": None}]))
-    run  accuracy
-    a      0.5000
-    bc
+    "p Holm" is p corrected for as many tests as there are here.
     """
-    rows = _rows(records)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
-        for row in rows
+    first, *others = [setting.values(metric) for setting in settings] or [{}]
+    found = [compare(values, first) for values in others]
+    corrected = holm([comparison.p for comparison in found])
+    return [
+        {},
+        *(
+            {
+                "difference": comparison.difference,
+                "difference low": comparison.low,
+                "difference high": comparison.high,
+                "p": comparison.p,
+                "p Holm": p,
+                "pairs": comparison.pairs,
+            }
+            for comparison, p in zip(found, corrected)
+        ),
     ]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def markdown_table(records: Sequence[Mapping[str, Cell]]) -> str:
-    """Records as a table in Markdown."""
-    head, *rows = _rows(records)
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def csv_text(records: Sequence[Mapping[str, Cell]]) -> str:
-    """Records as CSV, numbers in full."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, fieldnames=list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: "" if v is None else v for k, v in r.items()} for r in records)
-    return file.getvalue()
-
-
-def _by_setting(rows: Sequence[Row], metric: str) -> dict[str, dict[int, float]]:
-    """A metric by setting and seed."""
-    found: dict[str, dict[int, float]] = {}
-    for row in rows:
-        found.setdefault(setting_of(row), {})[row.config.seed] = row.metric(metric)
-    return found
 
 
 def _summary(summary: Summary) -> dict[str, Cell]:
     return {
-        "mean": summary.mean,
+        "mean": summary.mean if summary.count else None,
         "deviation": summary.deviation,
         "low": summary.low,
         "high": summary.high,
         "seeds": summary.count,
     }
+
+
+def _troubles(setting: Setting) -> dict[str, Cell]:
+    return {"unfinished": unfinished(setting.rows), "warnings": warned(setting.finished) or None}
 
 
 def _cost(row: Row) -> dict[str, Cell]:
@@ -189,23 +186,16 @@ def _cost(row: Row) -> dict[str, Cell]:
     }
 
 
-def _rows(records: Sequence[Mapping[str, Cell]]) -> list[list[str]]:
-    names = list(records[0])
-    return [names, *([cell_text(record.get(name)) for name in names] for record in records)]
+def _even(records: Sequence[dict[str, Cell]]) -> list[dict[str, Cell]]:
+    """The records with the same keys in all of them, but for those that none needs."""
+    names = dict.fromkeys(name for record in records for name in record)
+    kept = [
+        name
+        for name in names
+        if name not in OPTIONAL or any(r.get(name) is not None for r in records)
+    ]
+    return [{name: record.get(name) for name in kept} for record in records]
 
 
 def _cell(value: Any) -> Cell:
-    return value if isinstance(value, str | int | float) or value is None else json.dumps(value)
-
-
-def cell_text(value: Any) -> str:
-    """A value as a table shows it: a float to four digits behind the point, or to four in all.
-
-    >>> cell_text(0.98765), cell_text(0.0003), cell_text(2e30), cell_text(1234), cell_text(None)
-    ('0.9877', '0.0003', '2e+30', '1,234', '')
-    """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, float):
-        return f"{value:.4f}" if value == 0 or 0.01 <= abs(value) < 1e6 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return value if isinstance(value, str | int | float) else json.dumps(value)
