@@ -25,7 +25,8 @@ class Halving:
 
     At step `first`, then at `factor` times as many, and so on, a run is evaluated, and goes on if
     it is among the best 1/`factor` of those that came there before it (Li et al. 2020, "A System
-    for Massively Parallel Hyperparameter Tuning": no run waits for another).
+    for Massively Parallel Hyperparameter Tuning": no run waits for another). A run is compared with
+    those of its own group alone, and a score that is not finite is below all others.
     """
 
     first: int
