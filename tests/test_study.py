@@ -5,8 +5,9 @@ import json
 import pytest
 
 from lorax_ft import sweeps
+from lorax_ft.sweeps.fields import fields
 from lorax_ft.sweeps.specification import Search, SweepConfig
-from lorax_ft.sweeps.study import StudyQueue, fields
+from lorax_ft.sweeps.study import StudyQueue
 from tests.test_sweep import config_of, folder  # noqa: F401
 
 SPACE = {
@@ -26,6 +27,10 @@ def queue_of(folder, directory, sweep=None):  # noqa: F811
     config, sweep = config_of(folder), sweep or search()
     (field,) = fields(config, sweep)
     return StudyQueue(field, config, sweep, directory)
+
+
+def queue_of_field(field, folder, directory, sweep):  # noqa: F811
+    return StudyQueue(field, config_of(folder), sweep, directory)
 
 
 def drain(queue):
@@ -82,9 +87,9 @@ def test_a_pruner_ends_what_is_behind_the_others(folder, tmp_path):  # noqa: F81
     queue.finish(poor, results(0.1, "pruned"))
 
 
-def test_the_space_is_parted_into_groups_that_are_one_program_each(folder):  # noqa: F811
-    methods = sweeps.choice(("query",), ("query", "value"))
-    sweep = search(space=SPACE | {"lora.targets": methods})
+def test_the_space_is_parted_into_groups_that_share_the_trials(folder, tmp_path):  # noqa: F811
+    targets = sweeps.choice(("query",), ("query", "value"))
+    sweep = search(space=SPACE | {"lora.targets": targets}, trials=5)
 
     found = fields(config_of(folder), sweep)
 
@@ -92,22 +97,55 @@ def test_the_space_is_parted_into_groups_that_are_one_program_each(folder):  # n
         (("query",),),
         (("query", "value"),),
     ]
+    assert [field.trials for field in found] == [3, 2]
+    names = [run.name for f in found for run in drain(queue_of_field(f, folder, tmp_path, sweep))]
+    assert [name[:3] for name in names] == ["000", "001", "002", "003", "004"]
     for field in found:
         ranks = {run.config.lora.rank for run in field.group.runs}
         assert ranks == {1, 2, 4}
         assert field.group.drops
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"space": {"lora.rnak": sweeps.choice(1)}}, ValueError, r"lora\.rnak = 1: there is no"),
-        ({"storage": "nonsense"}, OSError, "the study at nonsense cannot be reached"),
-    ],
-)
-def test_bad_input_is_named(folder, tmp_path, options, error, message):  # noqa: F811
-    with pytest.raises(error, match=message):
-        queue_of(folder, tmp_path, search(**options))
+BAD = [
+    ({"lora.rnak": sweeps.choice(1)}, r"lora\.rnak = 1: there is no"),
+    (
+        {"lora.alpha": sweeps.choice(8.0, "wide")},
+        r"space: lora\.alpha = 'wide' cannot be, .*\(str\)",
+    ),
+    ({"lora.dropout": sweeps.uniform(-0.5, 0.5)}, r"space: lora\.dropout = -0\.5 cannot be"),
+    ({"optimizer.b1": sweeps.uniform(0.8, 0.9)}, r"space: optimizer\.b1 is a range, and each"),
+    (
+        {
+            "lora.targets": sweeps.choice(
+                *([name] for name in ("query", "key", "value", "up", "down"))
+            )
+        },
+        r"Search\.trials = 4: the space makes 5 groups \(lora-1, lora-2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("space", "message"), BAD)
+def test_a_space_that_cannot_be_is_named_when_the_sweep_is_made(folder, space, message):  # noqa: F811
+    with pytest.raises(ValueError, match=message):
+        fields(config_of(folder), search(space=space))
+
+
+def test_a_value_may_go_with_some_values_of_another_key_alone(folder):  # noqa: F811
+    space = {
+        "lora": sweeps.choice(None, {"rank": 1, "targets": ["query"]}),
+        "bitfit": sweeps.choice({}),
+        "lora.alpha": sweeps.choice(1.0, 2.0),
+    }
+
+    assert len(fields(config_of(folder), search(space=space))) == 2
+    with pytest.raises(ValueError, match=r"lora\.alpha = 'wide' cannot be"):
+        fields(config_of(folder), search(space=space | {"lora.alpha": sweeps.choice(1.0, "wide")}))
+
+
+def test_a_storage_that_is_none_is_named(folder, tmp_path):  # noqa: F811
+    with pytest.raises(OSError, match="the study at nonsense cannot be reached"):
+        queue_of(folder, tmp_path, search(storage="nonsense"))
 
 
 def test_a_study_of_another_sweep_file_is_refused(folder, tmp_path):  # noqa: F811

@@ -42,7 +42,12 @@ class Halving:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search:
-    """Runs that are proposed one after another, by how those before them did."""
+    """Runs that are proposed one after another, by how those before them did.
+
+    `trials` are those of the whole search. Where its runs are several programs, these groups share
+    them evenly, the first ones taking what is over; each is a study of its own, and a run is
+    compared with those of its own group alone.
+    """
 
     space: Mapping[str, Distribution]
     trials: int

@@ -3,61 +3,23 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
-import itertools
 import json
 import math
 import pathlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lorax_ft import runs
 from lorax_ft.config import ExperimentConfig
 from lorax_ft.sweeps.directory import GROUPS, RUNS
-from lorax_ft.sweeps.groups import LENGTHS, VALUES, Group, Run, group_runs
+from lorax_ft.sweeps.fields import Field
+from lorax_ft.sweeps.groups import Run
 from lorax_ft.sweeps.queue import metric_of
 from lorax_ft.sweeps.spaces import Choice, Distribution
 from lorax_ft.sweeps.specification import Search, SweepConfig, make_run
 
 NAME = "run"  # of a trial's attribute with the name of its run
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Field:
-    """A group that a search may propose runs of, and from what."""
-
-    group: Group  # whose runs stand for the largest there may be, and are not trained
-    space: Mapping[str, Distribution]
-    changes: Mapping[str, Any]  # of every run of it, before those of the space
-    number: int
-
-
-def fields(config: ExperimentConfig, sweep: SweepConfig) -> tuple[Field, ...]:
-    """The groups of a search: its space in parts whose runs are one program each.
-
-    Raises ValueError for a space whose values the config does not take.
-    """
-    assert sweep.search is not None
-    found = []
-    for changes in sweep.runs or ({},):
-        corners = [{**changes, **corner} for corner in _corners(sweep.search.space)]
-        stand_ins = [make_run(config, sweep, i, corner) for i, corner in enumerate(corners)]
-        for group in group_runs(stand_ins):
-            space = {key: _within(item, key, group) for key, item in sweep.search.space.items()}
-            found.append((group, space, changes))
-    names = [group.name for group, _, _ in found]
-    return tuple(
-        Field(
-            group=dataclasses.replace(
-                group, name=group.name if names.count(group.name) == 1 else f"{group.name}-{i + 1}"
-            ),
-            space=space,
-            changes=changes,
-            number=i,
-        )
-        for i, (group, space, changes) in enumerate(found)
-    )
 
 
 class StudyQueue:
@@ -85,12 +47,12 @@ class StudyQueue:
     @property
     def left(self) -> int:
         """How many runs are still to end."""
-        return len(self._waiting) + self._search.trials - len(self._study.trials)
+        return len(self._waiting) + self._field.trials - len(self._study.trials)
 
     def next(self) -> Run | None:
         if self._waiting:
             return self._waiting.popleft()
-        while (number := len(self._study.trials)) < self._search.trials:
+        while (number := len(self._study.trials)) < self._field.trials:
             self._study.sampler = _sampler(self._search, self._field.number, number)
             trial = self._study.ask()
             try:
@@ -152,8 +114,8 @@ class StudyQueue:
 
     def _run(self, trial: Any) -> Run:
         drawn = {key: _suggest(trial, key, item) for key, item in self._field.space.items()}
-        number = self._field.number * self._search.trials + trial.number
-        return make_run(self._config, self._sweep, number, {**self._field.changes, **drawn})
+        number, changes = self._field.first + trial.number, {**self._field.changes, **drawn}
+        return make_run(self._config, self._sweep, number, changes)
 
     def _know(self, trial: Any, run: Run) -> Run:
         self._trials[run.name], self._runs[run.name] = trial, run
@@ -187,7 +149,7 @@ def _open_study(field: Field, sweep: SweepConfig, directory: pathlib.Path) -> An
     except Exception as error:
         raise OSError(f"Search.storage: the study at {url} cannot be reached: {error}") from error
     content = {"space": repr(dict(field.space)), "changes": repr(dict(field.changes))}
-    text = json.dumps({**content, "metric": sweep.metric, "trials": search.trials})
+    text = json.dumps({**content, "metric": sweep.metric, "trials": field.trials})
     saved = study.user_attrs.get("search")
     if saved is None:
         study.set_user_attr("search", text)
@@ -226,29 +188,6 @@ def _suggest(trial: Any, key: str, item: Distribution) -> Any:
         return trial.suggest_float(key, item.low, item.high, log=item.log)
     # by number, for a value may be what no study can hold, such as a method's section
     return item.values[trial.suggest_categorical(key, list(range(len(item.values))))]
-
-
-def _corners(space: Mapping[str, Distribution]) -> Sequence[dict[str, Any]]:
-    """Runs that have every program and every size of the space between them."""
-    columns = []
-    for key, item in space.items():
-        if not isinstance(item, Choice):
-            columns.append([item.high])
-        elif key in VALUES and not key.endswith(".dropout"):
-            columns.append([item.values[0]])
-        elif key in LENGTHS:
-            columns.append([max(item.values)])
-        else:
-            columns.append(list(item.values))
-    return [dict(zip(space, row)) for row in itertools.product(*columns)]
-
-
-def _within(item: Distribution, key: str, group: Group) -> Distribution:
-    """The part of a distribution whose runs are of a group."""
-    if not isinstance(item, Choice) or key in (*VALUES, *LENGTHS):
-        return item
-    values = [run.changes.get(key) for run in group.runs]
-    return Choice(tuple(value for value in item.values if value in values))
 
 
 def _states() -> Any:

@@ -26,12 +26,14 @@ from lorax_ft.prediction import Totals
 from lorax_ft.sweeps import planning
 from lorax_ft.sweeps.devices import one_for_each_core
 from lorax_ft.sweeps.directory import GROUPS, PLAN, RECORD, RUNS
+from lorax_ft.sweeps.fields import Field, fields
 from lorax_ft.sweeps.groups import Group, group_runs
 from lorax_ft.sweeps.halving import Rungs
 from lorax_ft.sweeps.program import Program, Source, check_members, load_source
 from lorax_ft.sweeps.queue import ListQueue, Queue
 from lorax_ft.sweeps.slots import Slot, Watch, train_group
 from lorax_ft.sweeps.specification import SweepConfig, make_runs
+from lorax_ft.sweeps.study import StudyQueue
 from lorax_ft.training import locks
 from lorax_ft.trees import nearest
 
@@ -92,15 +94,13 @@ def make_parts(
 ) -> Sequence[Part]:
     """The groups of a sweep, of the runs that it lists or of those that it may propose."""
     if sweep.search is not None:
-        from lorax_ft.sweeps.study import StudyQueue, fields
 
-        def open_study(field: Any) -> tuple[Queue, int]:
+        def open_study(field: Field) -> tuple[Queue, int]:
             queue = StudyQueue(field, config, sweep, directory)
             return queue, queue.left
 
-        trials = sweep.search.trials
         return [
-            Part(group=f.group, count=trials, open_queue=functools.partial(open_study, f))
+            Part(group=f.group, count=f.trials, open_queue=functools.partial(open_study, f))
             for f in fields(config, sweep)
         ]
 
