@@ -168,6 +168,11 @@ def test_bad_fields_are_named(options, message):
         search(**options)
 
 
+def test_a_pruner_of_what_is_not_evaluated_on_the_way_is_refused():
+    with pytest.raises(ValueError, match=r"search\.pruner prunes by the validation .*'test\.f1'"):
+        SweepConfig(search=Search(space=SPACE, trials=4, pruner="median"), metric="test.f1")
+
+
 def test_a_search_is_trained_as_a_sweep(folder, tmp_path):  # noqa: F811
     config = sweeps.change(config_of(folder), {"train.steps": 4, "train.eval_every": 2})
     sweep = SweepConfig(search=Search(space={"lora.rank": sweeps.choice(1, 3)}, trials=3), slots=2)

@@ -105,6 +105,13 @@ class SweepConfig:
                 raise ValueError(f"SweepConfig.{field} must be at least 1, or None, got {value}.")
         if self.halving is not None and self.search is not None:
             raise ValueError("SweepConfig: give halving to `search` as its pruner.")
+        prunes = {"halving": self.halving, "search.pruner": self.search and self.search.pruner}
+        for field, value in prunes.items():
+            if value is not None and not self.metric.startswith("validation."):
+                raise ValueError(
+                    f"SweepConfig.{field} prunes by the validation split, but metric is "
+                    f"{self.metric!r}. Compare by a metric of validation, or set {field} to None."
+                )
 
     @property
     def sign(self) -> int:

@@ -27,9 +27,15 @@ from lorax_ft.sweeps import planning
 from lorax_ft.sweeps.devices import one_for_each_core
 from lorax_ft.sweeps.directory import GROUPS, PLAN, RECORD, RUNS
 from lorax_ft.sweeps.fields import Field, fields
-from lorax_ft.sweeps.groups import Group, group_runs
+from lorax_ft.sweeps.groups import Group, evaluated, group_runs
 from lorax_ft.sweeps.halving import Rungs
-from lorax_ft.sweeps.program import Program, Source, check_members, load_source
+from lorax_ft.sweeps.program import (
+    Program,
+    Source,
+    check_members,
+    load_source,
+    steps_per_epoch,
+)
 from lorax_ft.sweeps.queue import ListQueue, Queue
 from lorax_ft.sweeps.slots import Slot, Watch, train_group
 from lorax_ft.sweeps.specification import SweepConfig, make_runs
@@ -260,7 +266,11 @@ def _slots_begun(folder: pathlib.Path) -> int | None:
 
 
 def check_evaluations(sweep: SweepConfig, group: Group, dataset: Dataset) -> None:
-    """Raises ValueError for a metric of a split without rows, or that no evaluation has."""
+    """Raises ValueError for evaluations that cannot be, or that a pruner would need and not get.
+
+    That is a metric of a split without rows, or that no evaluation has; and for a search with a
+    pruner a group whose runs are all evaluated at their ends alone.
+    """
     part, _, metric = sweep.metric.partition(".")
     dataset.part(part)
     known = Totals(dataset.task, dataset.label_names).evaluation().metrics
@@ -274,4 +284,12 @@ def check_evaluations(sweep: SweepConfig, group: Group, dataset: Dataset) -> Non
             near = nearest(name, known) or known
             raise ValueError(
                 f"{field}: the evaluation has no {name!r}; nearest: {', '.join(near)}."
+            )
+    if sweep.search is not None and sweep.search.pruner is not None:
+        first, last = evaluated(group, steps_per_epoch(dataset, group.first))
+        if first is None:
+            raise ValueError(
+                f"Search.pruner = {sweep.search.pruner!r} can end no run of {group.name}: each is "
+                f"evaluated at its end alone, the longest after {last} steps. Set "
+                "config.train.eval_every to fewer steps, or Search.pruner to None."
             )
