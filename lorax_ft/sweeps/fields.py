@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,7 +52,8 @@ def fields(config: ExperimentConfig, sweep: SweepConfig) -> tuple[Field, ...]:
             "one to each."
         )
     names = [group.name for group, _, _ in found]
-    shares = deal(search.trials, [search.trials] * len(found))
+    most = [_points(space) if search.sampler == "grid" else search.trials for _, space, _ in found]
+    shares = deal(search.trials, most)
     return tuple(
         Field(
             group=dataclasses.replace(
@@ -100,6 +102,10 @@ def _within(item: Distribution, key: str, runs: Sequence[Run]) -> Distribution:
         return item
     values = [run.changes.get(key) for run in runs]
     return Choice(tuple(value for value in item.values if value in values))
+
+
+def _points(space: Mapping[str, Distribution]) -> int:
+    return math.prod(len(item.values) for item in space.values() if isinstance(item, Choice))
 
 
 def _check_values(

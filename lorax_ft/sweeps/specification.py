@@ -16,7 +16,7 @@ from typing import Any
 from lorax_ft import evaluation
 from lorax_ft.config import ExperimentConfig, flat, key_names, parse, to_dict, unknown_key
 from lorax_ft.sweeps.groups import Run
-from lorax_ft.sweeps.spaces import Distribution
+from lorax_ft.sweeps.spaces import Choice, Distribution
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,24 +40,34 @@ class Halving:
             )
 
 
+SAMPLERS = ("tpe", "random", "grid")
+PRUNERS = (None, "median", "halving", "hyperband")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search:
     """Runs that are proposed one after another, by how those before them did.
 
     `trials` are those of the whole search. Where its runs are several programs, these groups share
     them evenly, the first ones taking what is over; each is a study of its own, and a run is
-    compared with those of its own group alone.
+    compared with those of its own group alone. With the sampler "grid", for a space of choices
+    alone, a group has no more trials than its grid has points: those that are over go to groups
+    with larger grids, or are not made.
+    A pruner needs a metric of validation, and evaluations before a run's end. It counts in steps:
+    `min_resource` and `max_resource` of halving and Hyperband are, unless `pruner_options` say
+    otherwise, those of the group's first evaluation and of its longest run's end.
     """
 
     space: Mapping[str, Distribution]
     trials: int
-    sampler: str = "tpe"  # of Optuna: tpe, random
+    sampler: str = "tpe"  # of Optuna: tpe, random, grid
     pruner: str | None = None  # of Optuna: median, halving, hyperband
+    pruner_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # by Optuna's names
     seed: int = 0
     storage: str | None = None  # URL of the studies; None: SQLite beside each group
 
     def __post_init__(self):
-        for field, names in (("sampler", ("tpe", "random")), ("pruner", PRUNERS)):
+        for field, names in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
             if getattr(self, field) not in names:
                 raise ValueError(
                     f"Search.{field} is {getattr(self, field)!r}, expected one of {names}."
@@ -67,9 +77,17 @@ class Search:
                 "Search: expected at least one trial and one key, got "
                 f"{self.trials} and {sorted(self.space)}."
             )
-
-
-PRUNERS = (None, "median", "halving", "hyperband")
+        ranges = [key for key, item in self.space.items() if not isinstance(item, Choice)]
+        if self.sampler == "grid" and ranges:
+            raise ValueError(
+                f"Search.sampler is 'grid', and {', '.join(ranges)} is a range, which has no "
+                "points: give a choice, or another sampler."
+            )
+        if self.pruner_options and self.pruner is None:
+            raise ValueError(
+                f"Search.pruner_options = {dict(self.pruner_options)!r} are of no pruner: set "
+                "Search.pruner."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,7 @@ from lorax_ft.sweeps.program import (
 from lorax_ft.sweeps.queue import ListQueue, Queue
 from lorax_ft.sweeps.slots import Slot, Watch, train_group
 from lorax_ft.sweeps.specification import SweepConfig, make_runs
+from lorax_ft.sweeps.strategies import check_pruner
 from lorax_ft.sweeps.study import StudyQueue
 from lorax_ft.training import locks
 from lorax_ft.trees import nearest
@@ -100,6 +101,7 @@ def make_parts(
 ) -> Sequence[Part]:
     """The groups of a sweep, of the runs that it lists or of those that it may propose."""
     if sweep.search is not None:
+        check_pruner(sweep.search)
 
         def open_study(field: Field) -> tuple[Queue, int]:
             queue = StudyQueue(field, config, sweep, directory)
@@ -177,6 +179,7 @@ def prepare(
             continue
         source = _source(sources, group.first)
         check_evaluations(sweep, group, source.dataset)
+        queue.expect(*evaluated(group, source.steps_per_epoch(group.first)))
         begun = _slots_begun(directory / GROUPS / group.name)
         program, seconds = planning.make_program(
             source,
