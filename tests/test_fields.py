@@ -1,5 +1,8 @@
 """Fields of a search: one for each program, sharing its trials, of values that a config takes."""
 
+import pathlib
+import re
+
 import pytest
 
 from lorax_ft import sweeps
@@ -8,6 +11,8 @@ from lorax_ft.sweeps.groups import evaluated
 from lorax_ft.sweeps.study import StudyQueue
 from tests.test_study import SPACE, drain, search
 from tests.test_sweep import config_of, folder  # noqa: F401
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def test_the_space_is_parted_into_groups_that_share_the_trials(folder, tmp_path):  # noqa: F811
@@ -127,6 +132,16 @@ def test_a_group_is_evaluated_when_the_first_of_its_runs_may_be(folder):  # noqa
     (field,) = fields(config_of(folder), search(space={"train.eval_every": sweeps.choice(None)}))
     assert evaluated(field.group, steps_per_epoch=7) == (7, 12)
     assert evaluated(field.group, steps_per_epoch=12) == (None, 12)
+
+
+def test_the_committed_search_is_planned_as_one_program(folder, tmp_path, capsys):  # noqa: F811
+    config = sweeps.change(config_of(folder), {"data.loader.buckets": [8]})
+    sweep = sweeps.load_sweep(ROOT / "configs/sweeps/search.py")
+
+    sweeps.train(config, sweep, tmp_path, only_plan=True)
+
+    assert re.search(r"lora +32 +8 +1 ", capsys.readouterr().out)  # runs, slots, compiles
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("every", [0, 12])
