@@ -12,14 +12,16 @@ from typing import Any
 
 from lorax_ft import runs
 from lorax_ft.config import ExperimentConfig
-from lorax_ft.sweeps.directory import GROUPS, RUNS
+from lorax_ft.sweeps.directory import GROUPS, RUNS, describe, differences
 from lorax_ft.sweeps.fields import Field
 from lorax_ft.sweeps.groups import Run
 from lorax_ft.sweeps.queue import metric_of
 from lorax_ft.sweeps.specification import Search, SweepConfig, make_run
+from lorax_ft.sweeps.storages import open_study
 from lorax_ft.sweeps.strategies import load_optuna, make_pruner, make_sampler, suggest
 
 NAME = "run"  # of a trial's attribute with the name of its run
+SEARCH = "search"  # of a study's attribute with what the search is
 
 
 class StudyQueue:
@@ -38,7 +40,7 @@ class StudyQueue:
         self._field, self._config, self._sweep, self._say = field, config, sweep, say
         self._search: Search = sweep.search
         self._metric = sweep.metric.partition(".")
-        self._study = _open_study(field, sweep, directory)
+        self._study = _open_study(field, config, sweep, directory)
         self._trials: dict[str, Any] = {}
         self._runs: dict[str, Run] = {}
         self._waiting: collections.deque[Run] = collections.deque()
@@ -140,40 +142,27 @@ class StudyQueue:
         return run
 
 
-def _open_study(field: Field, sweep: SweepConfig, directory: pathlib.Path) -> Any:
+def _open_study(
+    field: Field, config: ExperimentConfig, sweep: SweepConfig, directory: pathlib.Path
+) -> Any:
     """The study of a field, made or gone on with.
 
-    Raises ImportError without Optuna, OSError where the storage cannot be reached, ValueError where
-    the study there is of another search.
+    Raises as `open_study` does, and ValueError where the study there is of another search.
     """
-    optuna = load_optuna()
-    search = sweep.search
-    assert search is not None
-    # A file for each group: no two workers write to one, which not every shared storage allows.
-    folder = directory.absolute() / GROUPS / field.group.name
-    url = search.storage or f"sqlite:///{folder / 'study.db'}"
-    if search.storage is None:
-        folder.mkdir(parents=True, exist_ok=True)
-    try:
-        study = optuna.create_study(
-            study_name=f"{directory.name}-{field.group.name}",
-            storage=url,
-            direction="maximize" if sweep.sign > 0 else "minimize",
-            load_if_exists=True,
-        )
-    except ValueError as error:
-        raise ValueError(f"Search.storage = {url!r}: {error}") from error
-    except Exception as error:
-        raise OSError(f"Search.storage: the study at {url} cannot be reached: {error}") from error
-    content = {"space": repr(dict(field.space)), "changes": repr(dict(field.changes))}
-    text = json.dumps({**content, "metric": sweep.metric, "trials": field.trials})
-    saved = study.user_attrs.get("search")
+    assert sweep.search is not None
+    study = open_study(
+        sweep.search.storage,
+        f"{directory.name}-{field.group.name}",
+        directory.absolute() / GROUPS / field.group.name,
+        direction="maximize" if sweep.sign > 0 else "minimize",
+    )
+    given, saved = describe(config, sweep), study.user_attrs.get(SEARCH)
     if saved is None:
-        study.set_user_attr("search", text)
-    elif saved != text:
+        study.set_user_attr(SEARCH, json.dumps(given))
+    elif lines := differences(json.loads(saved), given):
         raise ValueError(
-            f"Search.storage: the study {study.study_name!r} at {url} was made by another sweep "
-            f"file:\n  {saved} there,\n  {text} here.\nGive another --sweep_dir or storage."
+            f"The study {study.study_name!r} was made by another config or sweep file:\n{lines}\n"
+            "Give another --sweep_dir, or the same files to go on with that search."
         )
     return study
 
