@@ -1,12 +1,14 @@
 """Searches: an Optuna study proposes runs, prunes them, and goes on where a process ended."""
 
 import json
+import math
 
 import pytest
 
 from lorax_ft import sweeps
+from lorax_ft.sweeps.fields import fields
 from lorax_ft.sweeps.specification import Search, SweepConfig
-from lorax_ft.sweeps.study import StudyQueue, fields
+from lorax_ft.sweeps.study import StudyQueue
 from tests.test_sweep import config_of, folder  # noqa: F401
 
 SPACE = {
@@ -16,10 +18,9 @@ SPACE = {
 }
 
 
-def search(**options):
-    return SweepConfig(
-        search=Search(**{"space": SPACE, "trials": 4, "sampler": "random"} | options)
-    )
+def search(metric="validation.accuracy", mode=None, **options):
+    options = {"space": SPACE, "trials": 4, "sampler": "random"} | options
+    return SweepConfig(search=Search(**options), metric=metric, mode=mode)
 
 
 def queue_of(folder, directory, sweep=None):  # noqa: F811
@@ -68,66 +69,128 @@ def test_a_study_gone_on_with_loses_and_repeats_no_run(folder, tmp_path):  # noq
     assert again._study.best_value == 0.7
 
 
-def test_a_pruner_ends_what_is_behind_the_others(folder, tmp_path):  # noqa: F811
-    queue = queue_of(folder, tmp_path, search(pruner="median", trials=8))
-    for value in (0.9, 0.8, 0.9, 0.8, 0.9):
-        run = queue.next()
-        queue.report(run, 4, {"accuracy": value})
-        queue.report(run, 4, {"accuracy": value})  # as a run that was gone on with does
-        queue.finish(run, results(value))
-    poor = queue.next()
-    queue.report(poor, 4, {"accuracy": 0.1})
-
-    assert queue.prunes(poor, 4)
-    queue.finish(poor, results(0.1, "pruned"))
-
-
-def test_the_space_is_parted_into_groups_that_are_one_program_each(folder):  # noqa: F811
-    methods = sweeps.choice(("query",), ("query", "value"))
-    sweep = search(space=SPACE | {"lora.targets": methods})
-
-    found = fields(config_of(folder), sweep)
-
-    assert [field.space["lora.targets"].values for field in found] == [
-        (("query",),),
-        (("query", "value"),),
-    ]
-    for field in found:
-        ranks = {run.config.lora.rank for run in field.group.runs}
-        assert ranks == {1, 2, 4}
-        assert field.group.drops
-
-
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("pruner", "options"),
     [
-        ({"space": {"lora.rnak": sweeps.choice(1)}}, ValueError, r"lora\.rnak = 1: there is no"),
-        ({"storage": "nonsense"}, OSError, "the study at nonsense cannot be reached"),
+        ("median", {}),
+        ("halving", {}),
+        ("hyperband", {"reduction_factor": 4}),  # of which steps 4 to 12 make one bracket
     ],
 )
-def test_bad_input_is_named(folder, tmp_path, options, error, message):  # noqa: F811
-    with pytest.raises(error, match=message):
-        queue_of(folder, tmp_path, search(**options))
+def test_a_pruner_ends_what_is_behind_the_others(folder, tmp_path, pruner, options):  # noqa: F811
+    queue = queue_of(folder, tmp_path, search(pruner=pruner, pruner_options=options, trials=8))
+    queue.expect(4, 12)
+    for _ in range(5):
+        run = queue.next()
+        queue.report(run, 4, {"accuracy": 0.9})
+        queue.report(run, 4, {"accuracy": 0.9})  # as a run that was gone on with does
+        assert not queue.prunes(run, 4)
+        queue.finish(run, results(0.9))
+    for value in (0.1, math.nan, -math.inf):
+        poor = queue.next()
+        queue.report(poor, 4, {"accuracy": value})
+        assert queue.prunes(poor, 4)
+        queue.finish(poor, results(value, "pruned"))
+    assert queue.left == 0
 
 
-def test_a_study_of_another_sweep_file_is_refused(folder, tmp_path):  # noqa: F811
-    queue_of(folder, tmp_path)
+def test_a_draw_that_cannot_be_takes_its_trial_and_no_more(folder, tmp_path):  # noqa: F811
+    space = {  # a warm-up is of steps or a fraction
+        "optimizer.warmup_steps": sweeps.choice(None, 2),
+        "optimizer.warmup_fraction": sweeps.choice(None, 0.5),
+    }
+    sweep, said = search(space=space, sampler="grid"), []
+    config = config_of(folder)
+    (field,) = fields(config, sweep)
+    queue = StudyQueue(field, config, sweep, tmp_path, say=said.append)
 
-    with pytest.raises(ValueError, match="was made by another sweep file"):
-        queue_of(folder, tmp_path, search(trials=5))
+    assert len(drain(queue)) == 3
+    assert len(said) == 1
+    assert "cannot be" in said[0]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "grid"}, "Search.sampler is 'grid', expected one of"),
+        ({"sampler": "best"}, "Search.sampler is 'best', expected one of"),
+        ({"sampler": "grid"}, "'grid', and optimizer.learning_rate is a range"),
         ({"pruner": "best"}, "Search.pruner is 'best'"),
+        ({"pruner_options": {"min_resource": 3}}, "'min_resource': 3} are of no pruner"),
         ({"trials": 0}, "at least one trial"),
     ],
 )
 def test_bad_fields_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         search(**options)
+
+
+def test_a_pruner_of_what_is_not_evaluated_on_the_way_is_refused():
+    with pytest.raises(ValueError, match=r"search\.pruner prunes by the validation .*'test\.f1'"):
+        SweepConfig(search=Search(space=SPACE, trials=4, pruner="median"), metric="test.f1")
+
+
+def test_a_grid_is_gone_through_once_whoever_goes_on_with_it(folder, tmp_path):  # noqa: F811
+    space = {"lora.rank": sweeps.choice(1, 2, 4), "lora.dropout": sweeps.choice(0.0, 0.2)}
+    sweep = search(space=space, sampler="grid", trials=10)
+    whole = [run.name for run in drain(queue_of(folder, tmp_path / "whole", sweep))]
+    directory = tmp_path / "broken"
+    queue = queue_of(folder, directory, sweep)
+    queue.finish(queue.next(), results(0.5))
+    second = queue.next().name
+    study = queue._study
+    study._storage.create_new_trial(study._study_id)  # killed before it drew its values
+
+    again = queue_of(folder, directory, sweep)
+    again.resumed(again.known(second))
+    left = drain(again)
+
+    assert len({tuple(name.split("-")[1:]) for name in whole}) == 6
+    assert [run.name for run in left] == whole[2:]
+    for run in (again.known(second), *left):
+        again.finish(run, results(0.5))
+    assert again.left == 0
+
+
+@pytest.mark.parametrize("pruner", ["halving", "hyperband"])
+def test_a_run_may_be_pruned_before_any_is_complete(folder, tmp_path, pruner):  # noqa: F811
+    queue = queue_of(
+        folder, tmp_path, search(pruner=pruner, pruner_options={"reduction_factor": 4})
+    )
+    queue.expect(4, 12)
+    good, poor = queue.next(), queue.next()
+    queue.report(good, 4, {"accuracy": 0.9})
+    assert not queue.prunes(good, 4)
+    queue.report(poor, 4, {"accuracy": 0.1})
+
+    assert queue.prunes(poor, 4)
+
+
+@pytest.mark.parametrize(
+    ("pruner", "options", "message"),
+    [
+        ("median", {"n_warmup": 3}, r"n_warmup = 3, .*MedianPruner does not.*n_warmup_steps"),
+        ("halving", {"max_resource": 9}, r"max_resource = 9, .*nearest: min_resource"),
+        ("halving", {"reduction_factor": 1}, r"pruner_options = {'reduction_factor': 1}: "),
+        ("hyperband", {"reduction_factor": 1}, r"pruner_options = {'reduction_factor': 1}: "),
+        ("hyperband", {"min_resource": 9, "max_resource": 9}, "between step 9.* and 9, the most"),
+    ],
+)
+def test_options_that_a_pruner_does_not_take_are_named(folder, tmp_path, pruner, options, message):  # noqa: F811
+    sweep = search(pruner=pruner, pruner_options=options)
+
+    with pytest.raises(ValueError, match=message):
+        sweeps.train(config_of(folder), sweep, tmp_path / "sweep", only_plan=True)
+    with pytest.raises(ValueError, match=message):
+        queue_of(folder, tmp_path, sweep).expect(4, 12)
+
+
+def test_a_pruner_that_first_prunes_when_runs_have_ended_is_refused(folder, tmp_path):  # noqa: F811
+    queue = queue_of(
+        folder, tmp_path, search(pruner="halving", pruner_options={"min_resource": 12})
+    )
+
+    with pytest.raises(ValueError, match="'min_resource': 12}: no run would be pruned"):
+        queue.expect(4, 12)
 
 
 def test_a_search_is_trained_as_a_sweep(folder, tmp_path):  # noqa: F811

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import math
 import re
 
 import jax
@@ -280,6 +281,24 @@ def test_rungs_keep_the_best_and_their_decisions(tmp_path):
     again.report("b", 5, 0.3)  # gone on with from before this evaluation
     assert not again.prunes("b", 5)
     assert not again.prunes("e", 5)
+
+
+@pytest.mark.parametrize("worst", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_ends_its_own_run_and_no_other(tmp_path, worst):
+    rungs = Rungs(Halving(first=5, factor=2), tmp_path / "halving.json")
+    for run, value in {"a": 0.1, "b": worst, "c": 0.9, "d": 0.8}.items():
+        rungs.report(run, 5, value)
+
+    assert [rungs.prunes(run, 5) for run in "abcd"] == [True, True, False, False]
+    text = (tmp_path / "halving.json").read_text()
+    decided = json.loads(text, parse_constant=pytest.fail)  # NaN and Infinity are not JSON
+    assert decided["5"]["b"] == [None, False]
+    again = Rungs(Halving(first=5, factor=2), tmp_path / "halving.json")
+    again.report("e", 5, worst)
+    assert again.prunes("e", 5)
+    alone = Rungs(Halving(first=5), tmp_path / "alone.json")
+    alone.report("a", 5, worst)
+    assert alone.prunes("a", 5)
 
 
 BAD = [

@@ -3,7 +3,7 @@
 sweep.json       the base config, what the sweep varies, how many runs, its groups
 runs/NAME/       a run directory for each run, as `lorax-ft train` leaves it, and its member.json
 groups/NAME/     a group's plan, its checkpoints while it trains, what successive halving decided,
-                 and Optuna's study where the sweep is a search
+                 and where the sweep is a search Optuna's study, or its name in a shared storage
 slurm/           what the jobs of --launcher=slurm said
 report/          what `lorax-ft report` made
 """
@@ -23,6 +23,7 @@ from lorax_ft.evaluation import sign_of
 from lorax_ft.models.tensor_files import read_json
 from lorax_ft.sweeps.groups import Run
 from lorax_ft.sweeps.specification import SweepConfig
+from lorax_ft.sweeps.storages import place
 
 FORMAT = 1
 RECORD, MEMBER, PLAN = "sweep.json", "member.json", "plan.json"
@@ -42,23 +43,28 @@ def check_directory(directory: pathlib.Path, config: ExperimentConfig, sweep: Sw
             f"{directory} is in use, and not by a sweep: it has no {RECORD}. Give another "
             "--sweep_dir."
         )
-    saved = read_json(path)
-    given = describe(config, sweep)
+    if lines := differences(read_json(path), describe(config, sweep)):
+        raise ValueError(
+            f"{directory} holds a sweep made by another config or sweep file:\n{lines}\n"
+            "Give another --sweep_dir, or the same files to go on with that sweep."
+        )
+
+
+def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """What differs between two of `describe`, a key a line; "" where nothing does."""
+    lines = []
     for section in ("config", "sweep"):
-        one, two = flat(saved[section], section), flat(given[section], section)
+        one, two = flat(saved.get(section, {}), section), flat(given[section], section)
         different = [key for key in one | two if one.get(key) != two.get(key)]
-        if different:
-            lines = [f"  {key}: {one.get(key)!r} there, {two.get(key)!r} here" for key in different]
-            raise ValueError(
-                f"{directory} holds a sweep made by another config or sweep file:\n"
-                + "\n".join(lines[:10])
-                + "\nGive another --sweep_dir, or the same files to go on with that sweep."
-            )
+        lines += [f"  {key}: {one.get(key)!r} there, {two.get(key)!r} here" for key in different]
+    return "\n".join(lines[:10])
 
 
 def describe(config: ExperimentConfig, sweep: SweepConfig) -> dict[str, Any]:
     """What makes a sweep that sweep and no other, as JSON has it."""
     content = dataclasses.asdict(dataclasses.replace(sweep, slots=None, memory=None))
+    if sweep.search is not None and sweep.search.storage is not None:
+        content["search"]["storage"] = place(sweep.search.storage)
     return {
         "format": FORMAT,
         "config": to_dict(config),

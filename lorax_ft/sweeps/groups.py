@@ -15,6 +15,7 @@ from typing import Any
 from lorax_ft.config import ExperimentConfig, flat, to_dict
 from lorax_ft.experiment import method_names
 from lorax_ft.methods.initialization import RANDOM
+from lorax_ft.training.progress import first_due
 
 # Keys that are arrays within a program, or that only the host reads.
 VALUES = (
@@ -65,6 +66,17 @@ class Group:
         return any(
             getattr(section, "dropout", 0.0) for run in self.runs for section in run.config.methods
         )
+
+
+def evaluated(group: Group, steps_per_epoch: int) -> tuple[int | None, int]:
+    """The first step of an evaluation before a run's end, if there is any; the longest's end."""
+    totals = [run.config.train.total_steps(steps_per_epoch) for run in group.runs]
+    firsts = [
+        first_due(run.config.train.eval_every, total, steps_per_epoch)
+        for run, total in zip(group.runs, totals)
+    ]
+    on_the_way = [first for first, total in zip(firsts, totals) if first < total]
+    return min(on_the_way, default=None), max(totals)
 
 
 def group_runs(runs: Sequence[Run]) -> tuple[Group, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 
 from lorax_ft import runs
@@ -19,7 +20,7 @@ class Rungs:
 
     def __init__(self, halving: Halving, path: pathlib.Path):
         self._halving, self._path = halving, path
-        # step: run: [value, whether it goes on]
+        # step: run: [value, or None for one that is not finite; whether it goes on]
         self._rungs: dict[str, dict[str, list]] = read_json(path) if path.exists() else {}
 
     def has(self, step: int) -> bool:
@@ -27,9 +28,13 @@ class Rungs:
         return is_rung(step, self._halving)
 
     def report(self, run: str, step: int, value: float) -> None:
-        """Takes in what a run's evaluation at a step was worth, more being better."""
+        """Takes in what a run's evaluation at a step was worth, more being better.
+
+        What is not finite is worth less than all else, and its run does not go on.
+        """
         if self.has(step):
-            self._rungs.setdefault(str(step), {}).setdefault(run, [value, None])
+            entry = [value if math.isfinite(value) else None, None]
+            self._rungs.setdefault(str(step), {}).setdefault(run, entry)
 
     def prunes(self, run: str, step: int) -> bool:
         """Whether a run is to end at a step that it reported."""
@@ -38,9 +43,10 @@ class Rungs:
         rung = self._rungs[str(step)]
         value, goes_on = rung[run]
         if goes_on is None:
-            values = sorted((entry[0] for entry in rung.values()), reverse=True)
-            kept = max(1, len(values) // self._halving.factor)
-            rung[run][1] = goes_on = value >= values[kept - 1]
+            finite = (entry[0] for entry in rung.values() if entry[0] is not None)
+            kept = max(1, len(rung) // self._halving.factor)
+            best = sorted(finite, reverse=True)[:kept]
+            rung[run][1] = goes_on = value is not None and value >= best[-1]
             self._path.parent.mkdir(parents=True, exist_ok=True)
             runs.write_text(self._path, json.dumps(self._rungs))
         return not goes_on

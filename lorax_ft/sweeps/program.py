@@ -49,7 +49,7 @@ class Source:
         """How many batches an epoch of a run has, in whichever order."""
         loader = dataclasses.replace(config.data.loader, seed=None, prefetch=0)
         if repr(loader) not in self.epochs:
-            self.epochs[repr(loader)] = Batches(self, config, 1).per_epoch
+            self.epochs[repr(loader)] = steps_per_epoch(self.dataset, config)
         return self.epochs[repr(loader)]
 
     def total_steps(self, config: ExperimentConfig) -> int:
@@ -234,9 +234,18 @@ class Batches:
         return self._batch(order_seed(config), number)
 
     def _make(self, seed: int) -> TrainSteps:
-        loader, dataset = self._config.data.loader, self._source.dataset
-        rows = slice(0, loader.batch_size)
-        return TrainSteps(dataset.train, loader, dataset.pad_id, seed, rows)
+        return _train_steps(self._source.dataset, self._config, seed)
+
+
+def steps_per_epoch(dataset: Dataset, config: ExperimentConfig) -> int:
+    """How many batches an epoch of a run has, in whichever order."""
+    return _train_steps(dataset, config, order_seed(config)).per_epoch
+
+
+def _train_steps(dataset: Dataset, config: ExperimentConfig, seed: int) -> TrainSteps:
+    loader = config.data.loader
+    rows = slice(0, loader.batch_size)
+    return TrainSteps(dataset.train, loader, dataset.pad_id, seed, rows)
 
 
 def order_seed(config: ExperimentConfig) -> int:

@@ -25,6 +25,13 @@ class Queue(Protocol):
         """Takes a run out of those that wait: it goes on from a checkpoint."""
         ...
 
+    def expect(self, first: int | None, last: int) -> None:
+        """Takes in when a run is first evaluated before its end, if at all, and the longest's end.
+
+        Told before any run is given.
+        """
+        ...
+
     def asks(self, run: Run, step: int) -> bool:
         """Whether the run is to be evaluated at this step, even if its config does not say so."""
         ...
@@ -70,6 +77,9 @@ class ListQueue:
 
     def resumed(self, run: Run) -> None:
         self._waiting = collections.deque(r for r in self._waiting if r.name != run.name)
+
+    def expect(self, first: int | None, last: int) -> None:
+        del first, last
 
     def asks(self, run: Run, step: int) -> bool:
         del run

@@ -75,6 +75,11 @@ class Choice:
         if not self.values:
             raise ValueError("Choice.values is empty: expected at least one value.")
 
+    @property
+    def count(self) -> float:
+        """How many values there are to draw."""
+        return len({repr(value) for value in self.values})
+
     def draw(self, random: np.random.Generator) -> Any:
         return self.values[int(random.integers(len(self.values)))]
 
@@ -91,6 +96,11 @@ class Uniform:
         if not self.low < self.high or (self.log and self.low <= 0):
             floor = "0 < low < high" if self.log else "low < high"
             raise ValueError(f"Uniform: expected {floor}, got {self.low} and {self.high}.")
+
+    @property
+    def count(self) -> float:
+        """How many values there are to draw."""
+        return math.inf
 
     def draw(self, random: np.random.Generator) -> float:
         if self.log:
@@ -117,15 +127,27 @@ def log_uniform(low: float, high: float) -> Uniform:
 
 
 def draws(count: int, space: Mapping[str, Distribution], *, seed: int = 0) -> list[Changes]:
-    """That many runs, each value drawn from the distribution of its key.
+    """That many runs, each value drawn from the distribution of its key, and no run twice.
+
+    Raises ValueError where the space has fewer runs than that.
 
     >>> draws(2, {"lora.rank": choice(1, 2, 4)}, seed=1)
-    [{'lora.rank': 2}, {'lora.rank': 2}]
+    [{'lora.rank': 2}, {'lora.rank': 4}]
     """
     if count < 1 or not space:
         raise ValueError(f"draws: expected at least one run and one key, got {count}, {space}.")
+    most = math.prod(item.count for item in space.values())
+    if count > most:
+        raise ValueError(
+            f"draws: {count} runs are asked for, and the space has {most:.0f}. Ask for no more, or "
+            "use grid for all of them."
+        )
     random = np.random.default_rng(seed)
-    return [{key: item.draw(random) for key, item in space.items()} for _ in range(count)]
+    found: dict[str, Changes] = {}
+    while len(found) < count:
+        drawn = {key: item.draw(random) for key, item in space.items()}
+        found.setdefault(repr(drawn), drawn)
+    return list(found.values())
 
 
 def _check_lists(function: str, values: Mapping[str, Sequence[Any]]) -> None:

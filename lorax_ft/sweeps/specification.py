@@ -16,7 +16,7 @@ from typing import Any
 from lorax_ft import evaluation
 from lorax_ft.config import ExperimentConfig, flat, key_names, parse, to_dict, unknown_key
 from lorax_ft.sweeps.groups import Run
-from lorax_ft.sweeps.spaces import Distribution
+from lorax_ft.sweeps.spaces import Choice, Distribution
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,8 @@ class Halving:
 
     At step `first`, then at `factor` times as many, and so on, a run is evaluated, and goes on if
     it is among the best 1/`factor` of those that came there before it (Li et al. 2020, "A System
-    for Massively Parallel Hyperparameter Tuning": no run waits for another).
+    for Massively Parallel Hyperparameter Tuning": no run waits for another). A run is compared with
+    those of its own group alone, and a score that is not finite is below all others.
     """
 
     first: int
@@ -39,19 +40,34 @@ class Halving:
             )
 
 
+SAMPLERS = ("tpe", "random", "grid")
+PRUNERS = (None, "median", "halving", "hyperband")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search:
-    """Runs that are proposed one after another, by how those before them did."""
+    """Runs that are proposed one after another, by how those before them did.
+
+    `trials` are those of the whole search. Where its runs are several programs, these groups share
+    them evenly, the first ones taking what is over; each is a study of its own, and a run is
+    compared with those of its own group alone. With the sampler "grid", for a space of choices
+    alone, a group has no more trials than its grid has points: those that are over go to groups
+    with larger grids, or are not made.
+    A pruner needs a metric of validation, and evaluations before a run's end. It counts in steps:
+    `min_resource` and `max_resource` of halving and Hyperband are, unless `pruner_options` say
+    otherwise, those of the group's first evaluation and of its longest run's end.
+    """
 
     space: Mapping[str, Distribution]
     trials: int
-    sampler: str = "tpe"  # of Optuna: tpe, random
+    sampler: str = "tpe"  # of Optuna: tpe, random, grid
     pruner: str | None = None  # of Optuna: median, halving, hyperband
+    pruner_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # by Optuna's names
     seed: int = 0
     storage: str | None = None  # URL of the studies; None: SQLite beside each group
 
     def __post_init__(self):
-        for field, names in (("sampler", ("tpe", "random")), ("pruner", PRUNERS)):
+        for field, names in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
             if getattr(self, field) not in names:
                 raise ValueError(
                     f"Search.{field} is {getattr(self, field)!r}, expected one of {names}."
@@ -61,9 +77,17 @@ class Search:
                 "Search: expected at least one trial and one key, got "
                 f"{self.trials} and {sorted(self.space)}."
             )
-
-
-PRUNERS = (None, "median", "halving", "hyperband")
+        ranges = [key for key, item in self.space.items() if not isinstance(item, Choice)]
+        if self.sampler == "grid" and ranges:
+            raise ValueError(
+                f"Search.sampler is 'grid', and {', '.join(ranges)} is a range, which has no "
+                "points: give a choice, or another sampler."
+            )
+        if self.pruner_options and self.pruner is None:
+            raise ValueError(
+                f"Search.pruner_options = {dict(self.pruner_options)!r} are of no pruner: set "
+                "Search.pruner."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +123,13 @@ class SweepConfig:
                 raise ValueError(f"SweepConfig.{field} must be at least 1, or None, got {value}.")
         if self.halving is not None and self.search is not None:
             raise ValueError("SweepConfig: give halving to `search` as its pruner.")
+        prunes = {"halving": self.halving, "search.pruner": self.search and self.search.pruner}
+        for field, value in prunes.items():
+            if value is not None and not self.metric.startswith("validation."):
+                raise ValueError(
+                    f"SweepConfig.{field} prunes by the validation split, but metric is "
+                    f"{self.metric!r}. Compare by a metric of validation, or set {field} to None."
+                )
 
     @property
     def sign(self) -> int:

@@ -3,61 +3,25 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
-import itertools
 import json
 import math
 import pathlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lorax_ft import runs
 from lorax_ft.config import ExperimentConfig
-from lorax_ft.sweeps.directory import GROUPS, RUNS
-from lorax_ft.sweeps.groups import LENGTHS, VALUES, Group, Run, group_runs
+from lorax_ft.sweeps.directory import GROUPS, RUNS, describe, differences
+from lorax_ft.sweeps.fields import Field
+from lorax_ft.sweeps.groups import Run
 from lorax_ft.sweeps.queue import metric_of
-from lorax_ft.sweeps.spaces import Choice, Distribution
 from lorax_ft.sweeps.specification import Search, SweepConfig, make_run
+from lorax_ft.sweeps.storages import open_study
+from lorax_ft.sweeps.strategies import load_optuna, make_pruner, make_sampler, suggest
 
 NAME = "run"  # of a trial's attribute with the name of its run
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Field:
-    """A group that a search may propose runs of, and from what."""
-
-    group: Group  # whose runs stand for the largest there may be, and are not trained
-    space: Mapping[str, Distribution]
-    changes: Mapping[str, Any]  # of every run of it, before those of the space
-    number: int
-
-
-def fields(config: ExperimentConfig, sweep: SweepConfig) -> tuple[Field, ...]:
-    """The groups of a search: its space in parts whose runs are one program each.
-
-    Raises ValueError for a space whose values the config does not take.
-    """
-    assert sweep.search is not None
-    found = []
-    for changes in sweep.runs or ({},):
-        corners = [{**changes, **corner} for corner in _corners(sweep.search.space)]
-        stand_ins = [make_run(config, sweep, i, corner) for i, corner in enumerate(corners)]
-        for group in group_runs(stand_ins):
-            space = {key: _within(item, key, group) for key, item in sweep.search.space.items()}
-            found.append((group, space, changes))
-    names = [group.name for group, _, _ in found]
-    return tuple(
-        Field(
-            group=dataclasses.replace(
-                group, name=group.name if names.count(group.name) == 1 else f"{group.name}-{i + 1}"
-            ),
-            space=space,
-            changes=changes,
-            number=i,
-        )
-        for i, (group, space, changes) in enumerate(found)
-    )
+SEARCH = "search"  # of a study's attribute with what the search is
 
 
 class StudyQueue:
@@ -76,7 +40,7 @@ class StudyQueue:
         self._field, self._config, self._sweep, self._say = field, config, sweep, say
         self._search: Search = sweep.search
         self._metric = sweep.metric.partition(".")
-        self._study = _open_study(field, sweep, directory)
+        self._study = _open_study(field, config, sweep, directory)
         self._trials: dict[str, Any] = {}
         self._runs: dict[str, Run] = {}
         self._waiting: collections.deque[Run] = collections.deque()
@@ -85,22 +49,15 @@ class StudyQueue:
     @property
     def left(self) -> int:
         """How many runs are still to end."""
-        return len(self._waiting) + self._search.trials - len(self._study.trials)
+        return len(self._waiting) + self._field.trials - len(self._study.trials)
 
     def next(self) -> Run | None:
         if self._waiting:
             return self._waiting.popleft()
-        while (number := len(self._study.trials)) < self._search.trials:
-            self._study.sampler = _sampler(self._search, self._field.number, number)
-            trial = self._study.ask()
-            try:
-                run = self._run(trial)
-            except ValueError as error:  # the draw's values do not go together
-                self._say(f"Trial {trial.number} cannot be: {error}")
-                self._study.tell(trial, state=_states().FAIL)
-                continue
-            trial.set_user_attr(NAME, run.name)
-            return self._know(trial, run)
+        while (number := len(self._study.trials)) < self._field.trials:
+            self._study.sampler = self._sampler(number)
+            if run := self._run(self._study.ask()):
+                return run
         return None
 
     def known(self, name: str) -> Run:
@@ -113,16 +70,26 @@ class StudyQueue:
         del run, step
         return False
 
+    def expect(self, first: int | None, last: int) -> None:
+        if self._search.pruner is not None:
+            assert first is not None
+            self._study.pruner = make_pruner(self._search, first=first, last=last)
+
     def report(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
         trial, (part, _, name) = self._trials[run.name], self._metric
         if part == "validation":
             seen = self._study.trials[trial.number].intermediate_values
             if step not in seen:  # a run that was gone on with says some things twice
-                trial.report(metric_of(metrics, name), step)
+                value = metric_of(metrics, name)
+                trial.report(value if math.isfinite(value) else math.nan, step)  # NaN is the worst
 
     def prunes(self, run: Run, step: int) -> bool:
         del step
-        return self._search.pruner is not None and self._trials[run.name].should_prune()
+        if self._search.pruner is None:
+            return False
+        with warnings.catch_warnings():  # NumPy's, where Optuna takes a median of NaN alone
+            warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
+            return self._trials[run.name].should_prune()
 
     def finish(self, run: Run, results: Mapping[str, Any]) -> None:
         self._tell(self._trials[run.name], results)
@@ -131,137 +98,74 @@ class StudyQueue:
         part, _, name = self._metric
         value = results["metrics"].get(part, {}).get(name)
         if results["outcome"] == "pruned":
-            self._study.tell(trial, state=_states().PRUNED)
+            self._end(trial, state=_states().PRUNED)
         elif value is None or not math.isfinite(value):
-            self._study.tell(trial, state=_states().FAIL)
+            self._end(trial, state=_states().FAIL)
         else:
-            self._study.tell(trial, value)
+            self._end(trial, value)
+
+    def _end(self, trial: Any, value: float | None = None, *, state: Any = None) -> None:
+        # A grid's sampler, told of its last trial, would end Optuna's own loop, and there is none.
+        self._study.sampler = load_optuna().samplers.RandomSampler()
+        self._study.tell(trial, value, state=state)
 
     def _take_up(self, directory: pathlib.Path) -> None:
         """Takes up the trials of a process that ended: those of finished runs are told of."""
         from optuna.trial import Trial
 
         for frozen in self._study.get_trials(states=(_states().RUNNING,)):
+            self._study.sampler = self._sampler(frozen.number)  # of what it did not draw yet
             trial = Trial(self._study, frozen._trial_id)  # Optuna has no other way to go on
-            run = self._know(trial, self._run(trial))
-            trial.set_user_attr(NAME, run.name)
+            if (run := self._run(trial)) is None:
+                continue
             if results := runs.read_results(directory / RUNS / run.name):
                 self._tell(trial, results)
             else:
                 self._waiting.append(run)
 
-    def _run(self, trial: Any) -> Run:
-        drawn = {key: _suggest(trial, key, item) for key, item in self._field.space.items()}
-        number = self._field.number * self._search.trials + trial.number
-        return make_run(self._config, self._sweep, number, {**self._field.changes, **drawn})
+    def _sampler(self, number: int) -> Any:
+        field = self._field
+        return make_sampler(self._search, field.space, field=field.number, number=number)
 
-    def _know(self, trial: Any, run: Run) -> Run:
+    def _run(self, trial: Any) -> Run | None:
+        """The run of a trial; None where its values do not go together, which ends it."""
+        drawn = {key: suggest(trial, key, item) for key, item in self._field.space.items()}
+        number, changes = self._field.first + trial.number, {**self._field.changes, **drawn}
+        try:
+            run = make_run(self._config, self._sweep, number, changes)
+        except ValueError as error:
+            self._say(f"Trial {trial.number} cannot be: {error}")
+            self._end(trial, state=_states().FAIL)
+            return None
+        trial.set_user_attr(NAME, run.name)
         self._trials[run.name], self._runs[run.name] = trial, run
         return run
 
 
-def _open_study(field: Field, sweep: SweepConfig, directory: pathlib.Path) -> Any:
+def _open_study(
+    field: Field, config: ExperimentConfig, sweep: SweepConfig, directory: pathlib.Path
+) -> Any:
     """The study of a field, made or gone on with.
 
-    Raises ImportError without Optuna, OSError where the storage cannot be reached, ValueError where
-    the study there is of another search.
+    Raises as `open_study` does, and ValueError where the study there is of another search.
     """
-    optuna = _optuna()
-    search = sweep.search
-    assert search is not None
-    # A file for each group: no two workers write to one, which not every shared storage allows.
-    folder = directory.absolute() / GROUPS / field.group.name
-    url = search.storage or f"sqlite:///{folder / 'study.db'}"
-    if search.storage is None:
-        folder.mkdir(parents=True, exist_ok=True)
-    try:
-        study = optuna.create_study(
-            study_name=f"{directory.name}-{field.group.name}",
-            storage=url,
-            direction="maximize" if sweep.sign > 0 else "minimize",
-            pruner=_pruner(search),
-            load_if_exists=True,
-        )
-    except ValueError as error:
-        raise ValueError(f"Search.storage = {url!r}: {error}") from error
-    except Exception as error:
-        raise OSError(f"Search.storage: the study at {url} cannot be reached: {error}") from error
-    content = {"space": repr(dict(field.space)), "changes": repr(dict(field.changes))}
-    text = json.dumps({**content, "metric": sweep.metric, "trials": search.trials})
-    saved = study.user_attrs.get("search")
+    assert sweep.search is not None
+    study = open_study(
+        sweep.search.storage,
+        f"{directory.name}-{field.group.name}",
+        directory.absolute() / GROUPS / field.group.name,
+        direction="maximize" if sweep.sign > 0 else "minimize",
+    )
+    given, saved = describe(config, sweep), study.user_attrs.get(SEARCH)
     if saved is None:
-        study.set_user_attr("search", text)
-    elif saved != text:
+        study.set_user_attr(SEARCH, json.dumps(given))
+    elif lines := differences(json.loads(saved), given):
         raise ValueError(
-            f"Search.storage: the study {study.study_name!r} at {url} was made by another sweep "
-            f"file:\n  {saved} there,\n  {text} here.\nGive another --sweep_dir or storage."
+            f"The study {study.study_name!r} was made by another config or sweep file:\n{lines}\n"
+            "Give another --sweep_dir, or the same files to go on with that search."
         )
     return study
 
 
-def _sampler(search: Search, field: int, number: int) -> Any:
-    """The sampler of one trial, whose draws depend on its number and on what is known by then."""
-    samplers = _optuna().samplers
-    seed = (search.seed * 1009 + field) * 100003 + number
-    if search.sampler == "random":
-        return samplers.RandomSampler(seed=seed % 2**32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Optuna calls constant_liar experimental
-        return samplers.TPESampler(seed=seed % 2**32, constant_liar=True)
-
-
-def _pruner(search: Search) -> Any:
-    pruners = _optuna().pruners
-    table: dict[str | None, Callable[[], Any]] = {
-        None: pruners.NopPruner,
-        "median": pruners.MedianPruner,
-        "halving": pruners.SuccessiveHalvingPruner,
-        "hyperband": pruners.HyperbandPruner,
-    }
-    return table[search.pruner]()
-
-
-def _suggest(trial: Any, key: str, item: Distribution) -> Any:
-    if not isinstance(item, Choice):
-        return trial.suggest_float(key, item.low, item.high, log=item.log)
-    # by number, for a value may be what no study can hold, such as a method's section
-    return item.values[trial.suggest_categorical(key, list(range(len(item.values))))]
-
-
-def _corners(space: Mapping[str, Distribution]) -> Sequence[dict[str, Any]]:
-    """Runs that have every program and every size of the space between them."""
-    columns = []
-    for key, item in space.items():
-        if not isinstance(item, Choice):
-            columns.append([item.high])
-        elif key in VALUES and not key.endswith(".dropout"):
-            columns.append([item.values[0]])
-        elif key in LENGTHS:
-            columns.append([max(item.values)])
-        else:
-            columns.append(list(item.values))
-    return [dict(zip(space, row)) for row in itertools.product(*columns)]
-
-
-def _within(item: Distribution, key: str, group: Group) -> Distribution:
-    """The part of a distribution whose runs are of a group."""
-    if not isinstance(item, Choice) or key in (*VALUES, *LENGTHS):
-        return item
-    values = [run.changes.get(key) for run in group.runs]
-    return Choice(tuple(value for value in item.values if value in values))
-
-
 def _states() -> Any:
-    return _optuna().trial.TrialState
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError:
-        raise ImportError(
-            "A search needs Optuna: pip install 'lorax_ft[search]'. Sweeps that list their runs do "
-            "without."
-        ) from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
+    return load_optuna().trial.TrialState

@@ -56,7 +56,6 @@ def train(
     directory = pathlib.Path(sweep_dir).absolute()
     check_directory(directory, config, sweep)
     parts = worker.make_parts(config, sweep, directory)
-    _check_metric(sweep)
     if only_plan:
         work = worker.prepare(parts, sweep, directory, only_plan=True)
         print(planning.plan_table([w.plan for w in work]) if work else "Every run is finished.")
@@ -120,11 +119,3 @@ def _check_data(sweep: SweepConfig, groups: Sequence[Group]) -> None:
         if key not in datasets:
             datasets[key] = load_data(group.first)[1]
         worker.check_evaluations(sweep, group, datasets[key])
-
-
-def _check_metric(sweep: SweepConfig) -> None:
-    """Raises ValueError where runs are to be pruned by what they do not evaluate on the way."""
-    if sweep.halving is not None and not sweep.metric.startswith("validation."):
-        raise ValueError(
-            f"SweepConfig.halving prunes by the validation split, but metric is {sweep.metric!r}."
-        )

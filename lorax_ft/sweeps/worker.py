@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -26,12 +27,21 @@ from lorax_ft.prediction import Totals
 from lorax_ft.sweeps import planning
 from lorax_ft.sweeps.devices import one_for_each_core
 from lorax_ft.sweeps.directory import GROUPS, PLAN, RECORD, RUNS, read_record
-from lorax_ft.sweeps.groups import Group, group_runs
+from lorax_ft.sweeps.fields import Field, fields
+from lorax_ft.sweeps.groups import Group, evaluated, group_runs
 from lorax_ft.sweeps.halving import Rungs
-from lorax_ft.sweeps.program import Program, Source, check_members, load_source
+from lorax_ft.sweeps.program import (
+    Program,
+    Source,
+    check_members,
+    load_source,
+    steps_per_epoch,
+)
 from lorax_ft.sweeps.queue import ListQueue, Queue
 from lorax_ft.sweeps.slots import Slot, Watch, train_group
 from lorax_ft.sweeps.specification import SweepConfig, make_runs
+from lorax_ft.sweeps.strategies import check_pruner
+from lorax_ft.sweeps.study import StudyQueue
 from lorax_ft.training import locks
 from lorax_ft.trees import nearest
 
@@ -92,15 +102,14 @@ def make_parts(
 ) -> Sequence[Part]:
     """The groups of a sweep, of the runs that it lists or of those that it may propose."""
     if sweep.search is not None:
-        from lorax_ft.sweeps.study import StudyQueue, fields
+        check_pruner(sweep.search)
 
-        def open_study(field: Any) -> tuple[Queue, int]:
+        def open_study(field: Field) -> tuple[Queue, int]:
             queue = StudyQueue(field, config, sweep, directory)
             return queue, queue.left
 
-        trials = sweep.search.trials
         return [
-            Part(group=f.group, count=trials, open_queue=functools.partial(open_study, f))
+            Part(group=f.group, count=f.trials, open_queue=functools.partial(open_study, f))
             for f in fields(config, sweep)
         ]
 
@@ -174,6 +183,7 @@ def prepare(
             continue
         source = _source(sources, group.first)
         check_evaluations(sweep, group, source.dataset)
+        queue.expect(*evaluated(group, source.steps_per_epoch(group.first)))
         waiting.append((part, queue, left, source))
     work = []
     for part, queue, left, source in waiting:
@@ -248,6 +258,8 @@ def _keep_best(best: list[Any], slot: Slot, sweep: SweepConfig) -> None:
     if slot.evaluation is None or part != "validation" or name not in slot.evaluation.metrics:
         return
     value = slot.evaluation.metrics[name]
+    if math.isnan(value):
+        return
     if best[0] is None or sweep.sign * value > sweep.sign * best[0]:
         best[:] = [value, slot.run.name]
 
@@ -270,7 +282,11 @@ def _slots_begun(folder: pathlib.Path) -> int | None:
 
 
 def check_evaluations(sweep: SweepConfig, group: Group, dataset: Dataset) -> None:
-    """Raises ValueError for a metric of a split without rows, or that no evaluation has."""
+    """Raises ValueError for evaluations that cannot be, or that a pruner would need and not get.
+
+    That is a metric of a split without rows, or that no evaluation has; and for a search with a
+    pruner a group whose runs are all evaluated at their ends alone.
+    """
     part, _, metric = sweep.metric.partition(".")
     dataset.part(part)
     known = Totals(dataset.task, dataset.label_names).evaluation().metrics
@@ -284,4 +300,12 @@ def check_evaluations(sweep: SweepConfig, group: Group, dataset: Dataset) -> Non
             near = nearest(name, known) or known
             raise ValueError(
                 f"{field}: the evaluation has no {name!r}; nearest: {', '.join(near)}."
+            )
+    if sweep.search is not None and sweep.search.pruner is not None:
+        first, last = evaluated(group, steps_per_epoch(dataset, group.first))
+        if first is None:
+            raise ValueError(
+                f"Search.pruner = {sweep.search.pruner!r} can end no run of {group.name}: each is "
+                f"evaluated at its end alone, the longest after {last} steps. Set "
+                "config.train.eval_every to fewer steps, or Search.pruner to None."
             )

@@ -84,6 +84,16 @@ def is_due(every: int | None, step: int, total: int, steps_per_epoch: int) -> bo
     return step == total or (step > 0 and every > 0 and step % every == 0)
 
 
+def first_due(every: int | None, total: int, steps_per_epoch: int) -> int:
+    """The first step that `is_due` finds.
+
+    >>> first_due(None, 30, 10), first_due(4, 30, 10), first_due(0, 30, 10), first_due(40, 30, 10)
+    (10, 4, 30, 30)
+    """
+    every = steps_per_epoch if every is None else every
+    return min(every, total) if every else total
+
+
 def outcome_of(stopped: bool, progress: Progress, total: int, config: TrainConfig) -> str | None:
     """How the run ended; None where it goes on."""
     if stopped:
