@@ -6,9 +6,9 @@ import re
 import pytest
 
 from lorax_ft import sweeps
-from lorax_ft.sweeps.fields import fields
 from lorax_ft.sweeps.groups import evaluated
-from lorax_ft.sweeps.study import StudyQueue
+from lorax_ft.sweeps.search.fields import fields
+from lorax_ft.sweeps.search.study import StudyQueue
 from tests.test_study import SPACE, drain, search
 from tests.test_sweep import config_of, folder  # noqa: F401
 

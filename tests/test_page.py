@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from lorax_ft.sweeps.page import write_page
+from lorax_ft.sweeps.reports.page import write_page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium: it would show the page")

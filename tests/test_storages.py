@@ -3,10 +3,10 @@
 import pytest
 
 from lorax_ft import sweeps
-from lorax_ft.sweeps import storages
 from lorax_ft.sweeps.directory import check_directory, describe, write_record
-from lorax_ft.sweeps.fields import fields
-from lorax_ft.sweeps.study import StudyQueue
+from lorax_ft.sweeps.search import storages
+from lorax_ft.sweeps.search.fields import fields
+from lorax_ft.sweeps.search.study import StudyQueue
 from tests.test_study import drain, queue_of, results, search
 from tests.test_sweep import config_of, folder  # noqa: F401
 

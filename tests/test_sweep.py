@@ -15,8 +15,8 @@ from lorax_ft import adapted, cli, experiment, finished, runs, sweeps
 from lorax_ft.config import ExperimentConfig, parse
 from lorax_ft.sweeps import program, slots
 from lorax_ft.sweeps.halving import Rungs
+from lorax_ft.sweeps.reports.statistics import compare
 from lorax_ft.sweeps.specification import Halving, SweepConfig
-from lorax_ft.sweeps.statistics import compare
 from lorax_ft.training.records import read_records
 from tests import tiny
 

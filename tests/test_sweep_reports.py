@@ -8,7 +8,8 @@ import pytest
 
 from lorax_ft import runs, sweeps
 from lorax_ft.config import ExperimentConfig, parse
-from lorax_ft.sweeps import directory, figures, formats, statistics, tables
+from lorax_ft.sweeps import directory
+from lorax_ft.sweeps.reports import figures, formats, statistics, tables
 
 METRIC = "validation.accuracy"
 RATE = "optimizer.learning_rate"

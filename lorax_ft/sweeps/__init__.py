@@ -3,7 +3,7 @@
 from lorax_ft.sweeps.devices import one_for_each_core
 from lorax_ft.sweeps.directory import Row, best, read_rows, restore
 from lorax_ft.sweeps.groups import Group, Run, group_runs
-from lorax_ft.sweeps.report import write_report
+from lorax_ft.sweeps.reports import write_report
 from lorax_ft.sweeps.spaces import (
     choice,
     draws,

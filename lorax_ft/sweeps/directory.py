@@ -22,8 +22,8 @@ from lorax_ft.config import ExperimentConfig, flat, to_dict
 from lorax_ft.evaluation import sign_of
 from lorax_ft.models.tensor_files import read_json
 from lorax_ft.sweeps.groups import Run
+from lorax_ft.sweeps.search.storages import place
 from lorax_ft.sweeps.specification import SweepConfig
-from lorax_ft.sweeps.storages import place
 
 FORMAT = 1
 RECORD, MEMBER, PLAN = "sweep.json", "member.json", "plan.json"

@@ -12,12 +12,12 @@ from lorax_ft.data import Dataset
 from lorax_ft.experiment import load_data
 from lorax_ft.sweeps import planning, worker
 from lorax_ft.sweeps.directory import Row, check_directory, describe, read_rows, write_record
-from lorax_ft.sweeps.formats import text_table
 from lorax_ft.sweeps.groups import Group
 from lorax_ft.sweeps.launchers import Launch, open_launcher
 from lorax_ft.sweeps.program import check_members
+from lorax_ft.sweeps.reports.formats import text_table
+from lorax_ft.sweeps.reports.tables import results_table
 from lorax_ft.sweeps.specification import SweepConfig
-from lorax_ft.sweeps.tables import results_table
 from lorax_ft.training import locks
 
 

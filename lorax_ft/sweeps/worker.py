@@ -27,7 +27,6 @@ from lorax_ft.prediction import Totals
 from lorax_ft.sweeps import planning
 from lorax_ft.sweeps.devices import one_for_each_core
 from lorax_ft.sweeps.directory import GROUPS, PLAN, RECORD, RUNS, read_record
-from lorax_ft.sweeps.fields import Field, fields
 from lorax_ft.sweeps.groups import Group, evaluated, group_runs
 from lorax_ft.sweeps.halving import Rungs
 from lorax_ft.sweeps.program import (
@@ -38,10 +37,11 @@ from lorax_ft.sweeps.program import (
     steps_per_epoch,
 )
 from lorax_ft.sweeps.queue import ListQueue, Queue
+from lorax_ft.sweeps.search.fields import Field, fields
+from lorax_ft.sweeps.search.strategies import check_pruner
+from lorax_ft.sweeps.search.study import StudyQueue
 from lorax_ft.sweeps.slots import Slot, Watch, train_group
 from lorax_ft.sweeps.specification import SweepConfig, make_runs
-from lorax_ft.sweeps.strategies import check_pruner
-from lorax_ft.sweeps.study import StudyQueue
 from lorax_ft.training import locks
 from lorax_ft.trees import nearest
 

@@ -15,8 +15,8 @@ from typing import Any
 from lorax_ft.config import flat
 from lorax_ft.experiment import method_names
 from lorax_ft.sweeps.directory import Row
-from lorax_ft.sweeps.formats import Cell, text_table
-from lorax_ft.sweeps.settings import (
+from lorax_ft.sweeps.reports.formats import Cell, text_table
+from lorax_ft.sweeps.reports.settings import (
     Setting,
     best_by_method,
     flat_changes,
@@ -25,7 +25,7 @@ from lorax_ft.sweeps.settings import (
     unfinished,
     warned,
 )
-from lorax_ft.sweeps.statistics import Summary, compare, holm
+from lorax_ft.sweeps.reports.statistics import Summary, compare, holm
 
 OPTIONAL = (  # columns that are left out where no record has anything there
     *("unfinished", "warnings", "warning"),

@@ -8,7 +8,7 @@ import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from lorax_ft.sweeps.formats import Cell, cell_text
+from lorax_ft.sweeps.reports.formats import Cell, cell_text
 
 IMAGES = {".png": "image/png", ".svg": "image/svg+xml"}
 LONG = 120  # characters of a text that is broken into lines

@@ -12,8 +12,8 @@ from typing import Any
 from lorax_ft.config import flat
 from lorax_ft.experiment import method_names
 from lorax_ft.sweeps.directory import Row
-from lorax_ft.sweeps.formats import cell_text
-from lorax_ft.sweeps.statistics import Summary, summarize
+from lorax_ft.sweeps.reports.formats import cell_text
+from lorax_ft.sweeps.reports.statistics import Summary, summarize
 
 SEEDS = ("seed", "data.loader.seed")
 

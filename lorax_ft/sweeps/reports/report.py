@@ -8,11 +8,11 @@ import pathlib
 from collections.abc import Sequence
 
 from lorax_ft.sweeps.directory import Row, criterion, read_record, read_rows
-from lorax_ft.sweeps.figures import draw
-from lorax_ft.sweeps.formats import csv_text, markdown_table, text_table, write_parquet
-from lorax_ft.sweeps.page import write_page
-from lorax_ft.sweeps.settings import warned
-from lorax_ft.sweeps.tables import (
+from lorax_ft.sweeps.reports.figures import draw
+from lorax_ft.sweeps.reports.formats import csv_text, markdown_table, text_table, write_parquet
+from lorax_ft.sweeps.reports.page import write_page
+from lorax_ft.sweeps.reports.settings import warned
+from lorax_ft.sweeps.reports.tables import (
     comparisons_table,
     judge,
     run_records,

@@ -13,12 +13,12 @@ from typing import Any
 from lorax_ft import runs
 from lorax_ft.config import ExperimentConfig
 from lorax_ft.sweeps.directory import GROUPS, RUNS, describe, differences
-from lorax_ft.sweeps.fields import Field
 from lorax_ft.sweeps.groups import Run
 from lorax_ft.sweeps.queue import metric_of
+from lorax_ft.sweeps.search.fields import Field
+from lorax_ft.sweeps.search.storages import open_study
+from lorax_ft.sweeps.search.strategies import load_optuna, make_pruner, make_sampler, suggest
 from lorax_ft.sweeps.specification import Search, SweepConfig, make_run
-from lorax_ft.sweeps.storages import open_study
-from lorax_ft.sweeps.strategies import load_optuna, make_pruner, make_sampler, suggest
 
 NAME = "run"  # of a trial's attribute with the name of its run
 SEARCH = "search"  # of a study's attribute with what the search is

@@ -12,9 +12,9 @@ import numpy as np
 
 from lorax_ft.experiment import method_names
 from lorax_ft.sweeps.directory import RUNS, Row
-from lorax_ft.sweeps.formats import Cell
-from lorax_ft.sweeps.settings import SEEDS, best_by_method, flat_changes, group_settings
-from lorax_ft.sweeps.tables import run_records
+from lorax_ft.sweeps.reports.formats import Cell
+from lorax_ft.sweeps.reports.settings import SEEDS, best_by_method, flat_changes, group_settings
+from lorax_ft.sweeps.reports.tables import run_records
 from lorax_ft.training.records import read_records
 
 MOST_CURVES = 24  # of more, the best are drawn

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from lorax_ft import runs
 from lorax_ft.models.tensor_files import read_json
-from lorax_ft.sweeps.strategies import load_optuna
+from lorax_ft.sweeps.search.strategies import load_optuna
 
 RECORD = "study.json"  # in a group's folder: which study of a shared storage is its own
 

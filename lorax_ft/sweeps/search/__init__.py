@@ -1,0 +1,1 @@
+"""Searches: runs that an Optuna study proposes and prunes."""
