@@ -130,9 +130,15 @@ def test_a_batch_of_shapes_is_that_of_the_loader(folder):
         "task": {"max_length": 8},
         "loader": {"batch_size": 16, "buckets": (4, 8)},
     }
+    packed = {
+        "source": {"train": str(folder / "data.txt")},
+        "task": {"kind": "language_modelling", "length": 8},
+        "packed_length": 16,
+    }
     configs = [
         config_of(folder, ia3={}),
         config_of(folder, ia3={}, model={"path": str(folder / "bert")}, data=text),
+        config_of(folder, ia3={}, data=packed),
     ]
     for config in configs:
         _, dataset = experiment.load_data(config)

@@ -34,7 +34,7 @@ def model(tmp_path_factory):
     return folder
 
 
-def config_of(model, *, batch_size=8, length=32, compute=None, **changes):
+def config_of(model, *, batch_size=8, length=32, compute=None, packed=None, **changes):
     half = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
     values = {
         "model": {"path": str(model), "compute": {**half, **(compute or {})}},
@@ -42,6 +42,7 @@ def config_of(model, *, batch_size=8, length=32, compute=None, **changes):
             "source": {"train": "nowhere.txt"},
             "task": {"kind": "language_modelling", "length": length},
             "loader": {"batch_size": batch_size, "buckets": (length,)},
+            "packed_length": packed,
         },
         "lora": {"rank": 4},
         "quantization": {"kind": "nf4"},
@@ -303,6 +304,19 @@ def test_the_largest_length_stops_at_the_models_positions(model, planned):
 
     assert (found.size, found.refused) == (256, None)
     assert found.compiles == 2
+
+
+def test_the_largest_length_of_packed_rows_is_one_that_was_compiled(model, planned):
+    def make(config):
+        ids = shapes.batch_shapes(config)["segment_ids"]
+        return dataclasses.replace(planned, length=ids.shape[1], needed=ids.shape[1], usable=130)
+
+    config = config_of(model, length=32, packed=64)
+    found = search.largest(config, make(config), "length", make)
+
+    assert found.size == found.plan.length == 128
+    sized = search.sized(config, "length", 192).data
+    assert (sized.packed_length, sized.loader.buckets[-1], sized.task.max_length) == (192, 192, 32)
 
 
 def test_suggestions_are_tried_in_order_and_kept_where_they_save(model, planned):

@@ -64,7 +64,9 @@ def sized(config: ExperimentConfig, what: str, size: int) -> ExperimentConfig:
     loader = dataclasses.replace(data.loader, buckets=(*kept, size))
     field = "length" if hasattr(data.task, "length") else "max_length"
     task = dataclasses.replace(data.task, **{field: min(size, data.task.max_length)})
-    return dataclasses.replace(config, data=dataclasses.replace(data, loader=loader, task=task))
+    packed = None if data.packed_length is None else size
+    data = dataclasses.replace(data, loader=loader, task=task, packed_length=packed)
+    return dataclasses.replace(config, data=data)
 
 
 def _unit(config: ExperimentConfig, first: Plan, what: str) -> tuple[int, int | None]:

@@ -109,7 +109,9 @@ def batch_shapes(config: ExperimentConfig) -> dict[str, jax.ShapeDtypeStruct]:
     def integers(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    batch = {"input_ids": integers(rows, length), "attention_mask": integers(rows, length)}
+    packing = () if config.data.packed_length is None else ("segment_ids", "position_ids")
+    names = ("input_ids", "attention_mask", *packing)
+    batch = {name: integers(rows, length) for name in names}
     if isinstance(task, SequenceToSequence):
         targets = (loader.target_buckets or (task.max_target_length,))[-1]
         batch |= {name: integers(rows, targets) for name in ("decoder_input_ids", "labels")}
