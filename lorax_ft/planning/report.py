@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 from lorax_ft.devices import GPU_SHARE, JAX_SHARE
 from lorax_ft.memory import STATE_PARTS
 from lorax_ft.planning.plan import STEP_PARTS, Plan
 from lorax_ft.planning.search import Largest
-from lorax_ft.planning.suggestions import Trial
+from lorax_ft.planning.suggestions import Suggested
 
 LABELS = {**STATE_PARTS, **STEP_PARTS}
 GIB = 2**30
@@ -46,14 +45,15 @@ def largest_text(found: Largest) -> str:
     )
 
 
-def suggestions_text(trials: Sequence[Trial], plan: Plan) -> str:
-    """What `suggestions.suggest` tried for a plan."""
+def suggestions_text(suggested: Suggested, plan: Plan) -> str:
+    """What `suggestions.suggest` tried for a plan, and what could not be."""
     if plan.fits:
         return "It fits as it is: nothing to suggest."
-    if not trials:
-        return "Nothing in the table of suggestions would save memory here."
+    not_here = [f"  not here: {name}. {why}" for name, why in suggested.impossible.items()]
+    if not suggested.trials:
+        return "\n".join(["Nothing in the table of suggestions would save memory here.", *not_here])
     lines = ["To make it fit, one after another:"]
-    for trial in trials:
+    for trial in suggested.trials:
         needed = trial.plan.needed
         peak = "refused" if needed is None else f"{_gib(needed)} GiB"
         word = "fits" if trial.plan.fits else "not yet"
@@ -61,9 +61,9 @@ def suggestions_text(trials: Sequence[Trial], plan: Plan) -> str:
             f"  {trial.suggestion.name}: {peak}, {word}  {trial.flags}  "
             f"(costs {trial.suggestion.cost})"
         )
-    if not trials[-1].plan.fits:
+    if not suggested.trials[-1].plan.fits:
         lines.append("  It does not fit with all of that.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *not_here])
 
 
 def _head(plan: Plan) -> list[str]:
