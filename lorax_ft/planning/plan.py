@@ -40,7 +40,7 @@ STEP_PARTS: Mapping[str, str] = {
 class Roofline:
     """The least seconds that a step takes of each of a device's resources."""
 
-    products: float
+    products: float  # more than the least where a kernel leaves out keys that no query sees
     memory: float
     links: float
 
@@ -73,7 +73,7 @@ class Plan:
     refused: str | None  # in our words
     needed: int | None  # bytes, by the compiler; None where it refused without saying
     usable: int | None  # bytes that a program can have; None where there is no telling
-    flops: float  # of one device
+    flops: float  # of one device, by `training.flops`
     traffic: int | None  # bytes of its memory; None where there is no program to be read
     collectives: tuple[costs.Collective, ...]
     cycles: costs.Cycles | None

@@ -95,7 +95,10 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _costs(plan: Plan) -> list[str]:
-    lines = [f"arithmetic     {plan.flops / 1e12:.2f} TFLOP a device and step"]
+    lines = [
+        f"arithmetic     {plan.flops / 1e12:.2f} TFLOP a device and step, attention's of all "
+        "queries with all keys"
+    ]
     if plan.traffic is not None:
         lines.append(f"memory         {plan.traffic / 1e9:.1f} GB moved")
     elif plan.refused is None:
@@ -111,9 +114,10 @@ def _costs(plan: Plan) -> list[str]:
     if roofline := plan.roofline:
         tokens = plan.batch_size * plan.length / roofline.seconds
         lines.append(
-            f"roofline       {roofline.seconds:.3g} s a step at best, bound by {roofline.bound} "
-            f"(arithmetic {roofline.products:.3g} s, memory {roofline.memory:.3g} s, "
-            f"communication {roofline.links:.3g} s): {tokens:,.0f} tokens a second"
+            f"roofline       {roofline.seconds:.3g} s a step if all overlaps, bound by "
+            f"{roofline.bound} (arithmetic {roofline.products:.3g} s, memory "
+            f"{roofline.memory:.3g} s, communication {roofline.links:.3g} s): {tokens:,.0f} tokens "
+            "a second"
         )
     if cycles := plan.cycles:
         clock = plan.target.device.clock if plan.target.device else None
