@@ -1,6 +1,7 @@
 """Searches among plans: the largest that fits by few compiles, and what makes a run fit."""
 
 import dataclasses
+import re
 
 import jax
 import pytest
@@ -59,6 +60,27 @@ def test_the_largest_length_stops_at_the_models_positions(model, planned):
 
     assert (found.size, found.refused) == (256, None)
     assert found.compiles == 2
+    text = planning.largest_text(found)
+    assert text.startswith(
+        "Largest length that fits: 256 tokens a row (0.00 GiB), and the model has"
+    )
+    assert "positions for 256" in text
+
+
+@pytest.mark.parametrize(("limit", "words"), [
+    (1000, r"^Largest batch that fits: 9\d rows \(0\.00 GiB\); 9\d do not fit \["),
+    (10**12, r"^Largest batch that fits: at least \d+ rows \([\d.]+ GiB\); more were not tried \["),
+])  # fmt: skip
+def test_a_largest_size_beyond_which_nothing_was_refused_is_told_as_at_least(
+    model, planned, limit, words
+):
+    config = config_of(model, batch_size=8)
+    make = straight(80, 10, planned, limit)
+
+    found = search.largest(config, make(config), "batch", make)
+
+    assert (found.refused is None) == (limit == 10**12)
+    assert re.search(words, planning.largest_text(found))
 
 
 def test_the_largest_length_of_packed_rows_is_one_that_was_compiled(model, planned):

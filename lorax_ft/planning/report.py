@@ -37,10 +37,14 @@ def largest_text(found: Largest) -> str:
     unit = {"batch": "rows", "length": "tokens a row"}[found.what]
     if found.plan is None:
         return f"No {found.what} fits: {found.refused} {unit} is too many already."
-    beyond = "" if found.refused is None else f"; {found.refused} do not fit"
     peak = "" if found.plan.needed is None else f" ({_gib(found.plan.needed)} GiB)"
+    least, beyond = "", f"; {found.refused} do not fit"
+    if found.is_last:
+        beyond = f", and the model has positions for {found.plan.longest}"
+    elif found.refused is None:
+        least, beyond = "at least ", "; more were not tried"
     return (
-        f"Largest {found.what} that fits: {found.size} {unit}{peak}{beyond} "
+        f"Largest {found.what} that fits: {least}{found.size} {unit}{peak}{beyond} "
         f"[{found.compiles} more compiles]"
     )
 

@@ -24,6 +24,12 @@ class Largest:
     refused: int | None  # the smallest that was tried and does not fit; None where all did
     compiles: int
 
+    @property
+    def is_last(self) -> bool:
+        """Whether it is the longest that the model has positions for, so that none is longer."""
+        longest = None if self.plan is None else self.plan.longest
+        return self.what == "length" and longest is not None and self.size > longest - LENGTHS
+
 
 def largest(
     config: ExperimentConfig, first: Plan, what: str, make: Callable[[ExperimentConfig], Plan]
