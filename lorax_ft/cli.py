@@ -34,9 +34,9 @@ from lorax_ft import exit_codes, huge_pages, options
 
 HELP = {"help", "--help", "-h"}
 # What the library raises where its input is at fault. RuntimeError: another run has the directory;
-# FloatingPointError: too many losses were not finite.
+# FloatingPointError: too many losses were not finite; MemoryError: the host cannot hold the states.
 BAD_INPUT = (
-    *(ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError),
+    *(ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError, MemoryError),
     flags.Error,
 )
 

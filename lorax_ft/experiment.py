@@ -15,7 +15,14 @@ import jax
 import optax
 
 from lorax_ft import interop, methods, plots, prediction, reports, runs, training, trees
-from lorax_ft.adapted import DECOMPOSITIONS, Adapted, find_path, load_adapted, make_outputs
+from lorax_ft.adapted import (
+    DECOMPOSITIONS,
+    Adapted,
+    find_path,
+    load_adapted,
+    load_shapes,
+    make_outputs,
+)
 from lorax_ft.config import ExperimentConfig
 from lorax_ft.data import (
     Dataset,
@@ -30,10 +37,11 @@ from lorax_ft.data import (
     tfidf_baseline,
 )
 from lorax_ft.leaves import dense
-from lorax_ft.memory import check_step
+from lorax_ft.memory import check_kept, check_step, place
 from lorax_ft.training import checkpoints, loop, records
 
 PyTree = Any
+STEPS = 1_000_000  # of a run whose length its data decide: no shape depends on it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,17 +119,18 @@ def _train(config: ExperimentConfig, directory: pathlib.Path, command: str) -> d
         print(f"{directory} is finished; another --run_dir trains anew.")
         print(reports.results_table(results))
         return results
-    experiment = prepare(config)
+    tokenizer, dataset = load_data(config)
+    _check_room(config, dataset)
+    adapted = load_adapted(config, dataset.task, dataset.label_names)
+    experiment = assemble(config, tokenizer, dataset, adapted)
     identity, started = _identity(experiment), runs.is_started(directory)
     training.check_same(config=identity.config, base_weights=identity.base, run_directory=started)
-    dataset = experiment.dataset
-    counts = trees.count(experiment.adapted.params, experiment.adapted.trainable)
+    counts = trees.count(adapted.params, adapted.trainable)
     names = method_names(config)
     print(reports.overview(dataset, counts, model=config.model.path, methods=names))
     with contextlib.closing(_train_batches(experiment)) as batches:
         start = _start(experiment, batches)
-        if not started:  # one that was has been found to fit
-            print(f"memory   {_memory(experiment, start)}")
+        print(f"memory   {_memory(experiment, start)}")
         if training.is_first():
             runs.start_run(directory, config)  # only now: bad input leaves no run behind
         training.check_shared(directory / runs.CONFIG)
@@ -237,8 +246,11 @@ def training_key(seed: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), 2)
 
 
-def make_optimizer(config: ExperimentConfig, total_steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run of so many steps."""
+def make_optimizer(
+    config: ExperimentConfig, total_steps: int | None
+) -> optax.GradientTransformation:
+    """The optimizer of a run of so many steps; where they are not known, for its shapes alone."""
+    total_steps = STEPS if total_steps is None else total_steps
     tx = training.build_optimizer(config.optimizer, total_steps)
     if config.adalora is not None:
         tx = training.allocate_budget(tx, config.adalora, total_steps)
@@ -273,6 +285,8 @@ def _start(experiment: Experiment, batches: TrainBatches) -> _Start:
     tx = make_optimizer(config, config.train.total_steps(batches.steps_per_epoch))
     train, shardings = experiment.train, None
     opt_state = training.start_optimizer(tx, train, adapted.mesh)
+    # Bound to their devices, as a checkpoint's arrays are: a run that goes on has the same program.
+    train, opt_state = (jax.device_put(x, training.shardings_of(x)) for x in (train, opt_state))
     if adapted.mesh is not None or config.optimizer.paged:
         shardings = (training.shardings_of(train), training.shardings_of(opt_state))
     step = training.make_train_step(
@@ -283,6 +297,17 @@ def _start(experiment: Experiment, batches: TrainBatches) -> _Start:
         out_shardings=shardings,
     )
     return _Start(step=step, train=train, opt_state=opt_state, batches=batches)
+
+
+def _check_room(config: ExperimentConfig, dataset: Dataset) -> None:
+    """Raises ValueError, with the numbers, where weights and states, of which none is there yet,
+    do not fit."""
+    try:
+        shapes = load_shapes(config, dataset.task, dataset.label_names)
+    except ValueError:
+        return  # of weights in few bits, whose config.json tells too little; else loading says why
+    tx = make_optimizer(config, config.train.steps)
+    check_kept(place(shapes, tx, training.make_mesh(config.mesh)))
 
 
 def _memory(experiment: Experiment, start: _Start) -> str:

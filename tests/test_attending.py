@@ -13,6 +13,7 @@ from lorax_ft.models import attending
 from lorax_ft.models.attending import KERNELS, Kernel, Products, Seen, attend
 from lorax_ft.models.layers import ATTENTIONS
 from lorax_ft.training import MeshConfig, make_mesh
+from lorax_ft.training.flops import count_flops
 from tests.compilers import needs_tpu_compiler
 
 BATCH, LENGTH = 2, 130  # a length that is no multiple of a TPU's lanes
@@ -129,6 +130,28 @@ def test_each_platform_has_its_kernel_where_it_serves(
     given = [x.astype(jnp.bfloat16) for x in arrays(length)]
 
     assert chosen(monkeypatch, *given, kernel="auto", platform=platform, **changes) == kernel
+
+
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+@pytest.mark.parametrize("seen", [Seen(is_causal=True), Seen()], ids=["causal", "both ways"])
+def test_as_much_arithmetic_is_counted_whatever_computes_attention(monkeypatch, kernel, seen):
+    cudnn = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+    monkeypatch.setattr(cudnn, lambda: 91000)  # which is asked for where a call is only traced
+    given = [x.astype(jnp.bfloat16) for x in arrays(256)]
+
+    def loss(kernel, *arrays):
+        return jnp.sum(KERNELS[kernel].attend(*arrays, seen, Products()).astype(jnp.float32) ** 2)
+
+    def counted(function, kernel):
+        return count_flops(jax.jit(function, static_argnums=0).trace(kernel, *given).jaxpr)
+
+    product = 2 * given[0].size * given[1].shape[1]  # of all queries with all keys
+    # splash attention states the sums of an output by its gradient as a product
+    sums = 2 * given[0].size if kernel == "splash" else 0
+
+    assert counted(loss, "xla") == counted(loss, kernel) == 2 * product
+    gradient = jax.grad(loss, argnums=(1, 2, 3))
+    assert counted(gradient, "xla") == counted(gradient, kernel) - sums == 6 * product
 
 
 def test_float32_is_nothing_for_cudnn(monkeypatch):

@@ -1,6 +1,7 @@
 """Memory: parts add up to the arrays' bytes, shapes weigh what arrays do, and a run that cannot fit
 does not start."""
 
+import contextlib
 import dataclasses
 import pathlib
 import platform
@@ -11,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lorax_ft import adapted, experiment, memory, planning, trees
-from lorax_ft.config import ExperimentConfig, parse
+from lorax_ft import adapted, cli, exit_codes, experiment, memory, planning, trees
+from lorax_ft.config import ExperimentConfig, parse, to_dict
 from lorax_ft.memory import machine
 from lorax_ft.planning import shapes
+from lorax_ft.training import host_memory, loop, make_mesh, paging
 from tests import tiny
 
 
@@ -130,9 +132,15 @@ def test_a_batch_of_shapes_is_that_of_the_loader(folder):
         "task": {"max_length": 8},
         "loader": {"batch_size": 16, "buckets": (4, 8)},
     }
+    packed = {
+        "source": {"train": str(folder / "data.txt")},
+        "task": {"kind": "language_modelling", "length": 8},
+        "packed_length": 16,
+    }
     configs = [
         config_of(folder, ia3={}),
         config_of(folder, ia3={}, model={"path": str(folder / "bert")}, data=text),
+        config_of(folder, ia3={}, data=packed),
     ]
     for config in configs:
         _, dataset = experiment.load_data(config)
@@ -146,17 +154,29 @@ def test_a_batch_of_shapes_is_that_of_the_loader(folder):
         }
 
 
+@contextlib.contextmanager
+def compiles():
+    """The names of what is compiled, as they come."""
+    names = []
+
+    def listen(event, duration_secs, **details):
+        del duration_secs
+        if event.endswith("backend_compile_duration"):
+            names.append(details["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def test_a_run_says_what_it_takes_as_planned_and_compiles_its_step_once(
     folder, tmp_path, capsys, monkeypatch
 ):
     config = config_of(folder, **METHODS["qlora"])
     planned = planning.make_plan(config, planning.parse_target("cpu"))
     before, found = [], []  # names of what is compiled until the check has ended, and its memory
-    compiled = []
-
-    def listen(event, _, **details):
-        if event.endswith("backend_compile_duration"):
-            compiled.append(details["fun_name"])
 
     def noted(program):
         before.extend(compiled)
@@ -164,11 +184,8 @@ def test_a_run_says_what_it_takes_as_planned_and_compiles_its_step_once(
         return found[0]
 
     monkeypatch.setattr(machine, "step_memory", noted)
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with compiles() as compiled:
         experiment.train(config, tmp_path / "run")
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("memory"))
     assert "weights in few bits" in line
@@ -178,16 +195,126 @@ def test_a_run_says_what_it_takes_as_planned_and_compiles_its_step_once(
     assert before[-1] not in compiled[len(before) :], compiled
 
 
-def test_a_run_that_cannot_fit_is_refused_with_numbers_and_leaves_nothing(
+def test_a_run_whose_step_cannot_fit_is_refused_with_numbers_and_leaves_nothing(
     folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(machine, "free_memory", lambda: 1000)
+    monkeypatch.setattr(machine, "free_memory", iter([10**9, 1000]).__next__)
 
     with pytest.raises(
         ValueError, match=r"does not fit: a step takes .* KiB .* 1000\.0 B are free"
     ):
         experiment.train(config_of(folder, **METHODS["qlora"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_base_that_cannot_fit_is_refused_before_it_is_read(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "free_memory", lambda: 1000)
+    monkeypatch.setattr(experiment, "load_adapted", lambda *_: pytest.fail("weights were read"))
+
+    with pytest.raises(
+        ValueError,
+        match=r"before its first step it takes .* KiB a device \(weights in few bits .*, optimizer "
+        r"states .*\), and 1000\.0 B are free\. .*plan --suggest",
+    ):
+        experiment.train(config_of(folder, **METHODS["qlora"]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("mesh", "paged"), [({}, False), ({"fsdp": 2}, False), ({}, True)])
+def test_what_is_kept_between_steps_fits_to_the_byte(folder, monkeypatch, mesh, paged):
+    monkeypatch.setattr(paging, "SMALLEST", 1)
+    config = config_of(folder, **METHODS["full"], mesh=mesh, optimizer={"paged": paged})
+    tx = experiment.make_optimizer(config, config.train.steps)
+    kept = memory.place(shapes.describe(config), tx, make_mesh(config.mesh))
+    arrays = jax.tree.leaves((kept.train, kept.frozen, kept.opt_state))
+    devices = config.mesh.size  # which share this machine's memory
+    needed = devices * sum(map(memory.local_bytes, arrays))
+
+    assert (memory.host_bytes(kept.opt_state) > 0) == paged
+    memory.check_kept(kept, free=needed)
+    with pytest.raises(ValueError, match="does not fit"):
+        memory.check_kept(kept, free=needed - 1)
+
+
+def test_a_run_that_goes_on_is_checked_again_and_compiles_its_step_once(
+    folder, tmp_path, monkeypatch
+):
+    train = {"steps": 4, "eval_every": 0, "checkpoint_every": 1}
+    train |= {"progress_bar": False, "tensorboard": False}
+    config = config_of(folder, **METHODS["qlora"], train=train)
+    steps = iter(range(3))
+
+    def break_off(*_):
+        if next(steps) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_show", break_off)
+        with pytest.raises(KeyboardInterrupt):
+            experiment.train(config, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "free_memory", iter([10**9, 1000]).__next__)
+        with pytest.raises(ValueError, match="does not fit: a step takes"):
+            experiment.train(config, tmp_path / "run")
+    with compiles() as compiled:
+        results = experiment.train(config, tmp_path / "run")
+
+    assert results["step"] == 4
+    assert compiled.count("jit(step)") == 1, compiled
+
+
+class RefusedStep:
+    """A step that its compiler does not take, for the reason given."""
+
+    def __init__(self, reason):
+        self.reason = reason
+
+    def lower(self, *arguments):
+        return self
+
+    def compile(self):
+        raise RuntimeError(self.reason)
+
+
+def test_a_compilers_refusal_ends_a_run_in_our_words():
+    arguments = ({"x": jnp.zeros(4)}, {}, {}, {}, jax.random.key(0))
+    hbm = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 22.04G of 15.75G hbm."
+
+    with pytest.raises(
+        ValueError,
+        match=r"^This run does not fit: the compiler refuses the step: it would need 22\.04 GiB, "
+        r"and 15\.75 GiB are there\. Lower data\.loader\.batch_size .*plan --suggest",
+    ):
+        memory.check_step(RefusedStep(hbm), arguments)
+    with pytest.raises(RuntimeError, match=r"^INTERNAL: another fault$"):
+        memory.check_step(RefusedStep("INTERNAL: another fault"), arguments)
+
+
+FILE = '''"""A config."""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    return ConfigDict({VALUES})
+'''
+
+
+def test_a_host_without_room_for_paged_states_is_bad_input(folder, tmp_path, monkeypatch, capsys):
+    values = to_dict(config_of(folder, **METHODS["full"], optimizer={"paged": True}))
+    (tmp_path / "small.py").write_text(FILE.replace("{VALUES}", repr(values)))
+    monkeypatch.setattr(paging, "SMALLEST", 1)
+    monkeypatch.setattr(host_memory, "available", lambda: 1000)
+    monkeypatch.setattr(machine, "free_memory", lambda: None)
+
+    flags = [f"--config={tmp_path / 'small.py'}", f"--run_dir={tmp_path / 'run'}"]
+    code = cli.main(["lorax-ft", "train", *flags])
+
+    assert code == exit_codes.BAD_INPUT
+    error = capsys.readouterr().err
+    assert error.startswith("lorax-ft train: The paged states of the optimizer need ")
+    assert "1,000 bytes (0.00 GiB) of it are available" in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library frees by itself")

@@ -14,42 +14,19 @@ from configs import llama
 from lorax_ft import cli, memory, planning, trees
 from lorax_ft.config import ExperimentConfig, parse
 from lorax_ft.devices import DEVICES, by_device_kind
-from lorax_ft.models import LlamaConfig, build
-from lorax_ft.planning import command, search, shapes, suggestions, targets
-from lorax_ft.planning.plan import largest_logits, make_plan, on_mesh, refusal_of
+from lorax_ft.memory import refusal_of
+from lorax_ft.models import build
+from lorax_ft.planning import command, shapes, targets
+from lorax_ft.planning.plan import largest_logits, make_plan, on_mesh
 from lorax_ft.training import MeshConfig
 from lorax_ft.training.flops import PEAK_FLOPS
 from tests.compilers import needs_gpu_compiler, needs_tpu_compiler
-
-SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4, "vocab_size": 512}
-SIZES |= {"intermediate_size": 128, "max_position_embeddings": 256, "num_key_value_heads": 2}
+from tests.plans import CPU, config_of, write_model
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A directory with a config.json and nothing else."""
-    folder = tmp_path_factory.mktemp("model")
-    raw = LlamaConfig(**SIZES).to_hugging_face() | {"architectures": ["LlamaForCausalLM"]}
-    (folder / "config.json").write_text(json.dumps(raw))
-    return folder
-
-
-def config_of(model, *, batch_size=8, length=32, compute=None, **changes):
-    half = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
-    values = {
-        "model": {"path": str(model), "compute": {**half, **(compute or {})}},
-        "data": {
-            "source": {"train": "nowhere.txt"},
-            "task": {"kind": "language_modelling", "length": length},
-            "loader": {"batch_size": batch_size, "buckets": (length,)},
-        },
-        "lora": {"rank": 4},
-        "quantization": {"kind": "nf4"},
-    }
-    return parse(values | changes, ExperimentConfig)
-
-
-CPU = planning.parse_target("cpu")
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -260,77 +237,6 @@ def test_a_plan_reads_no_weights_and_says_where_a_config_json_is_missing(model, 
 
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         make_plan(config, CPU)
-
-
-# --- The largest that fits, and suggestions -------------------------------------------------------
-
-
-def straight(base, row, planned, limit):
-    """`make` for plans whose bytes grow by `row` a row from `base`."""
-
-    def make(config):
-        size = config.data.loader.batch_size
-        needed = base + row * size
-        parts = dict.fromkeys(planned.parts, 0) | {"weights": base, "activations": row * size}
-        numbers = {"needed": needed, "usable": limit, "parts": parts}
-        return dataclasses.replace(planned, batch_size=size, **numbers)
-
-    return make
-
-
-@pytest.mark.parametrize(("limit", "expected"), [(1000, 92), (85, 0), (100, 2), (10**6, 99992)])
-def test_the_largest_batch_is_found_by_few_compiles(model, planned, limit, expected):
-    config = config_of(model, batch_size=8)
-    make = straight(80, 10, planned, limit)
-
-    found = search.largest(config, make(config), "batch", make)
-
-    assert found.compiles <= search.COMPILES
-    assert found.size <= expected
-    assert found.size >= expected * (1 - search.CLOSE) - 1
-    if expected == 0:
-        assert (found.plan, found.refused) == (None, 1)
-        assert "No batch fits: 1 rows" in planning.largest_text(found)
-
-
-def test_the_largest_length_stops_at_the_models_positions(model, planned):
-    def make(config):
-        length = config.data.loader.buckets[-1]
-        return dataclasses.replace(planned, length=length, needed=length, usable=10**9)
-
-    assert planned.longest == SIZES["max_position_embeddings"]
-    found = search.largest(config_of(model), make(config_of(model, length=64)), "length", make)
-
-    assert (found.size, found.refused) == (256, None)
-    assert found.compiles == 2
-
-
-def test_suggestions_are_tried_in_order_and_kept_where_they_save(model, planned):
-    def make(config):
-        needed = 1000 * config.data.loader.batch_size
-        needed //= 2 if config.model.compute.remat == "full" else 1
-        needed //= config.train.accumulation
-        return dataclasses.replace(planned, needed=needed, usable=600)
-
-    config = config_of(model)
-    trials = suggestions.suggest(config, make(config), make)
-
-    assert [trial.suggestion.name for trial in trials] == ["remat", "gradient accumulation"]
-    assert trials[-1].plan.fits
-    assert trials[-1].flags == "--config.train.accumulation=8"
-    text = planning.suggestions_text(trials, make(config))
-    assert "remat: 0.00 GiB, not yet  --config.model.compute.remat=full" in text
-
-
-def test_every_suggestion_changes_a_config_that_it_applies_to(model):
-    compute = {"scan_layers": False, "param_dtype": "float32"}
-    changed = {"quantization": None, "mesh": {"data": 8}, "optimizer": {"name": "adamw"}}
-    config = config_of(model, compute=compute, batch_size=16, **changed)
-    target = planning.parse_target("h100:8")
-    for suggestion in suggestions.SUGGESTIONS:
-        changes = suggestion.changes(config, target)
-        assert changes, suggestion.name
-        assert suggestions.with_changes(config, changes) != config
 
 
 def test_a_picture_is_drawn(planned, tmp_path):

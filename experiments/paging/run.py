@@ -25,8 +25,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lorax_ft import planning, trees
 from lorax_ft.adapted import make_outputs
+from lorax_ft.memory import refusal_of
 from lorax_ft.models import build
-from lorax_ft.planning.plan import refusal_of
 from lorax_ft.training import OBJECTIVES, OptimizerConfig, build_optimizer, make_train_step
 from lorax_ft.training.paging import state_shardings
 from lorax_ft.training.sharding import shardings_of

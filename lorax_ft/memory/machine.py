@@ -1,4 +1,5 @@
-"""This machine's memory, and whether a run fits in it: told before the first step is taken."""
+"""This machine's memory, and whether a run fits in it: told before anything is there, and again
+before the first step is taken."""
 
 from __future__ import annotations
 
@@ -9,10 +10,17 @@ from typing import Any
 
 import jax
 
-from lorax_ft.memory.accounting import STATE_PARTS, state_parts
-from lorax_ft.memory.step import StepMemory, step_memory
+from lorax_ft.memory.accounting import STATE_PARTS, host_bytes, state_parts
+from lorax_ft.memory.placement import Placement
+from lorax_ft.memory.step import StepMemory, refusal_of, step_memory
 from lorax_ft.reports import bytes_text
 from lorax_ft.training import host_memory
+
+LESS = (
+    "Lower data.loader.batch_size or its longest bucket, raise train.accumulation, or say "
+    "model.compute.remat='full'"
+)
+PLAN = "lorax-ft plan --suggest tries what helps."
 
 
 def free_memory(share: float = 1.0) -> int | None:
@@ -34,16 +42,38 @@ def _give_back() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def check_kept(kept: Placement, *, free: int | None = None) -> None:
+    """Raises ValueError, with the numbers, where what a run keeps between its steps does not fit.
+
+    To be asked before any of it is there. `free` is as of `check_step`. Raises MemoryError where a
+    host has no room for the optimizer states that are kept there.
+    """
+    parts = state_parts(kept.train, kept.frozen, kept.opt_state)
+    on_host, devices = host_bytes(kept.opt_state), _addressable(kept.train)
+    on_device = sum(parts.values())
+    shared = on_host if devices[0].platform == "cpu" else 0  # a CPU's memory is its host's
+    free = free_memory() if free is None else free
+    if free is not None and (on_device + shared) * _sharing(kept.train) > free:
+        states = f", {bytes_text(shared)} of optimizer states beside" if shared else ""
+        raise ValueError(
+            f"This run does not fit: before its first step it takes {bytes_text(on_device)} a "
+            f"device ({_listed(parts)}){states}, and {bytes_text(free)} are free. Keep the base in "
+            "few bits with quantization.kind='nf4', train less of it, or split it over more "
+            f"devices with mesh.fsdp; {PLAN}"
+        )
+    host_memory.check_room(on_host * len(devices), "The paged states of the optimizer")
+
+
 def check_step(step: Any, arguments: tuple[Any, ...], *, free: int | None = None) -> str:
     """A line on the memory of a jitted step: `step(train, opt_state, frozen, batch, key)`.
 
     The arguments are there already; `free` is what else there is, as `free_memory` says where it is
     None. Compiles the step, which the first call then finds compiled, and gives back to the system
     what that and all before it has left. Raises ValueError, with the numbers, where the step cannot
-    fit.
+    fit, as by this count or by the compiler's own.
     """
     train, opt_state, frozen, *others = arguments
-    memory = step_memory(step.lower(*arguments).compile())
+    memory = step_memory(_compiled(step, arguments))
     _give_back()
     parts = state_parts(train, frozen, opt_state, *others)
     if memory is None:
@@ -53,9 +83,7 @@ def check_step(step: Any, arguments: tuple[Any, ...], *, free: int | None = None
         raise ValueError(
             f"This run does not fit: a step takes {bytes_text(memory.added)} a device beside the "
             f"{bytes_text(memory.arguments)} of its arguments ({_listed(parts)}), and "
-            f"{bytes_text(free)} are free. Lower data.loader.batch_size or its longest bucket, "
-            "raise train.accumulation, or say model.compute.remat='full'; lorax-ft plan --suggest "
-            "tries what helps."
+            f"{bytes_text(free)} are free. {LESS}; {PLAN}"
         )
     return memory_line(parts, memory, free)
 
@@ -73,6 +101,18 @@ def memory_line(
     )
 
 
+def _compiled(step: Any, arguments: tuple[Any, ...]) -> Any:
+    """The compiled step. Raises ValueError where its compiler has no memory for it."""
+    lowered = step.lower(*arguments)
+    try:
+        return lowered.compile()
+    except Exception as error:  # of a type that JAX does not export everywhere
+        refusal = refusal_of(error)
+        if refusal is None:
+            raise
+        raise ValueError(f"This run does not fit: {refusal.words}. {LESS}; {PLAN}") from error
+
+
 def _listed(parts: Mapping[str, int]) -> str:
     return ", ".join(
         f"{STATE_PARTS[name]} {bytes_text(count)}" for name, count in parts.items() if count
@@ -81,5 +121,10 @@ def _listed(parts: Mapping[str, int]) -> str:
 
 def _sharing(tree: Any) -> int:
     """How many of an array's devices here have one memory together: all of a CPU's."""
-    devices = jax.tree.leaves(tree)[0].sharding.addressable_devices
-    return len(devices) if next(iter(devices)).platform == "cpu" else 1
+    devices = _addressable(tree)
+    return len(devices) if devices[0].platform == "cpu" else 1
+
+
+def _addressable(tree: Any) -> list[Any]:
+    """The devices here that a tree's arrays lie on."""
+    return list(jax.tree.leaves(tree)[0].sharding.addressable_devices)

@@ -4,7 +4,7 @@ from lorax_ft.planning.figure import plot_plans
 from lorax_ft.planning.plan import Plan, Roofline, make_plan
 from lorax_ft.planning.report import largest_text, plan_text, suggestions_text, verdict
 from lorax_ft.planning.search import Largest, largest
-from lorax_ft.planning.suggestions import SUGGESTIONS, Suggestion, Trial, suggest
+from lorax_ft.planning.suggestions import SUGGESTIONS, Suggested, Suggestion, Trial, suggest
 from lorax_ft.planning.targets import (
     Compiler,
     Target,
@@ -20,6 +20,7 @@ __all__ = [
     "Largest",
     "Plan",
     "Roofline",
+    "Suggested",
     "Suggestion",
     "Target",
     "Trial",

@@ -45,9 +45,9 @@ def run(
         if found.plan is not None:
             plans[f"{found.plan.batch_size} × {found.plan.length}"] = found.plan
     if suggests:
-        trials = suggest(config, plan, make)
-        print(suggestions_text(trials, plan), flush=True)
-        plans |= {f"+ {trial.suggestion.name}": trial.plan for trial in trials}
+        suggested = suggest(config, plan, make)
+        print(suggestions_text(suggested, plan), flush=True)
+        plans |= {f"+ {trial.suggestion.name}": trial.plan for trial in suggested.trials}
     if plot is not None:
         plot_plans(plans, plot)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,10 +12,12 @@ import jax
 from lorax_ft.config import ExperimentConfig
 from lorax_ft.jaxprs import inner
 from lorax_ft.memory import (
+    Refusal,
     StepMemory,
     free_memory,
     host_bytes,
     local_bytes,
+    refusal_of,
     state_parts,
     step_memory,
 )
@@ -39,7 +40,7 @@ STEP_PARTS: Mapping[str, str] = {
 class Roofline:
     """The least seconds that a step takes of each of a device's resources."""
 
-    products: float
+    products: float  # more than the least where a kernel leaves out keys that no query sees
     memory: float
     links: float
 
@@ -72,7 +73,7 @@ class Plan:
     refused: str | None  # in our words
     needed: int | None  # bytes, by the compiler; None where it refused without saying
     usable: int | None  # bytes that a program can have; None where there is no telling
-    flops: float  # of one device
+    flops: float  # of one device, by `training.flops`
     traffic: int | None  # bytes of its memory; None where there is no program to be read
     collectives: tuple[costs.Collective, ...]
     cycles: costs.Cycles | None
@@ -156,40 +157,6 @@ def on_mesh(config: ExperimentConfig, target: Target) -> ExperimentConfig:
             "that; one may be -1, for all that are left."
         )
     return dataclasses.replace(config, mesh=mesh)
-
-
-@dataclasses.dataclass(frozen=True)
-class Refusal:
-    """A compiler's saying that a program does not fit."""
-
-    needed: int | None
-    available: int | None
-    words: str
-
-
-def refusal_of(error: BaseException) -> Refusal | None:
-    """What a compiler's error says of main memory; None where it is about something else.
-
-    >>> refusal_of(RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory "
-    ...     "required for HLO temporaries (22.04G) exceeds available HBM (15.75G).")).words
-    "the target's compiler refuses the step: it would need 22.04 GiB, and 15.75 GiB are there"
-    """
-    text = str(error)
-    is_memory = "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
-    if not is_memory or re.search(r"memory space (?!hbm)\w+", text):  # of a core's scratch
-        return None
-    found = re.search(r"([\d.]+)([KMGT])\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMGT])", text)
-    if found is None:
-        first = text.strip().partition("\n")[0]
-        return Refusal(None, None, f"the target's compiler refuses the step: {first}")
-    unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    needed, available = (int(float(found.group(i)) * unit[found.group(i + 1)]) for i in (1, 3))
-    return Refusal(
-        needed,
-        available,
-        f"the target's compiler refuses the step: it would need {needed / 2**30:.2f} GiB, and "
-        f"{available / 2**30:.2f} GiB are there",
-    )
 
 
 def usable_bytes(target: Target, refusal: Refusal | None = None) -> int | None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 from lorax_ft.devices import GPU_SHARE, JAX_SHARE
 from lorax_ft.memory import STATE_PARTS
 from lorax_ft.planning.plan import STEP_PARTS, Plan
 from lorax_ft.planning.search import Largest
-from lorax_ft.planning.suggestions import Trial
+from lorax_ft.planning.suggestions import Suggested
 
 LABELS = {**STATE_PARTS, **STEP_PARTS}
 GIB = 2**30
@@ -38,22 +37,27 @@ def largest_text(found: Largest) -> str:
     unit = {"batch": "rows", "length": "tokens a row"}[found.what]
     if found.plan is None:
         return f"No {found.what} fits: {found.refused} {unit} is too many already."
-    beyond = "" if found.refused is None else f"; {found.refused} do not fit"
     peak = "" if found.plan.needed is None else f" ({_gib(found.plan.needed)} GiB)"
+    least, beyond = "", f"; {found.refused} do not fit"
+    if found.is_last:
+        beyond = f", and the model has positions for {found.plan.longest}"
+    elif found.refused is None:
+        least, beyond = "at least ", "; more were not tried"
     return (
-        f"Largest {found.what} that fits: {found.size} {unit}{peak}{beyond} "
+        f"Largest {found.what} that fits: {least}{found.size} {unit}{peak}{beyond} "
         f"[{found.compiles} more compiles]"
     )
 
 
-def suggestions_text(trials: Sequence[Trial], plan: Plan) -> str:
-    """What `suggestions.suggest` tried for a plan."""
+def suggestions_text(suggested: Suggested, plan: Plan) -> str:
+    """What `suggestions.suggest` tried for a plan, and what could not be."""
     if plan.fits:
         return "It fits as it is: nothing to suggest."
-    if not trials:
-        return "Nothing in the table of suggestions would save memory here."
+    not_here = [f"  not here: {name}. {why}" for name, why in suggested.impossible.items()]
+    if not suggested.trials:
+        return "\n".join(["Nothing in the table of suggestions would save memory here.", *not_here])
     lines = ["To make it fit, one after another:"]
-    for trial in trials:
+    for trial in suggested.trials:
         needed = trial.plan.needed
         peak = "refused" if needed is None else f"{_gib(needed)} GiB"
         word = "fits" if trial.plan.fits else "not yet"
@@ -61,9 +65,9 @@ def suggestions_text(trials: Sequence[Trial], plan: Plan) -> str:
             f"  {trial.suggestion.name}: {peak}, {word}  {trial.flags}  "
             f"(costs {trial.suggestion.cost})"
         )
-    if not trials[-1].plan.fits:
+    if not suggested.trials[-1].plan.fits:
         lines.append("  It does not fit with all of that.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *not_here])
 
 
 def _head(plan: Plan) -> list[str]:
@@ -95,7 +99,10 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _costs(plan: Plan) -> list[str]:
-    lines = [f"arithmetic     {plan.flops / 1e12:.2f} TFLOP a device and step"]
+    lines = [
+        f"arithmetic     {plan.flops / 1e12:.2f} TFLOP a device and step, attention's of all "
+        "queries with all keys"
+    ]
     if plan.traffic is not None:
         lines.append(f"memory         {plan.traffic / 1e9:.1f} GB moved")
     elif plan.refused is None:
@@ -111,9 +118,10 @@ def _costs(plan: Plan) -> list[str]:
     if roofline := plan.roofline:
         tokens = plan.batch_size * plan.length / roofline.seconds
         lines.append(
-            f"roofline       {roofline.seconds:.3g} s a step at best, bound by {roofline.bound} "
-            f"(arithmetic {roofline.products:.3g} s, memory {roofline.memory:.3g} s, "
-            f"communication {roofline.links:.3g} s): {tokens:,.0f} tokens a second"
+            f"roofline       {roofline.seconds:.3g} s a step if all overlaps, bound by "
+            f"{roofline.bound} (arithmetic {roofline.products:.3g} s, memory "
+            f"{roofline.memory:.3g} s, communication {roofline.links:.3g} s): {tokens:,.0f} tokens "
+            "a second"
         )
     if cycles := plan.cycles:
         clock = plan.target.device.clock if plan.target.device else None

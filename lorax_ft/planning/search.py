@@ -24,6 +24,12 @@ class Largest:
     refused: int | None  # the smallest that was tried and does not fit; None where all did
     compiles: int
 
+    @property
+    def is_last(self) -> bool:
+        """Whether it is the longest that the model has positions for, so that none is longer."""
+        longest = None if self.plan is None else self.plan.longest
+        return self.what == "length" and longest is not None and self.size > longest - LENGTHS
+
 
 def largest(
     config: ExperimentConfig, first: Plan, what: str, make: Callable[[ExperimentConfig], Plan]
@@ -64,7 +70,9 @@ def sized(config: ExperimentConfig, what: str, size: int) -> ExperimentConfig:
     loader = dataclasses.replace(data.loader, buckets=(*kept, size))
     field = "length" if hasattr(data.task, "length") else "max_length"
     task = dataclasses.replace(data.task, **{field: min(size, data.task.max_length)})
-    return dataclasses.replace(config, data=dataclasses.replace(data, loader=loader, task=task))
+    packed = None if data.packed_length is None else size
+    data = dataclasses.replace(data, loader=loader, task=task, packed_length=packed)
+    return dataclasses.replace(config, data=data)
 
 
 def _unit(config: ExperimentConfig, first: Plan, what: str) -> tuple[int, int | None]:

@@ -10,18 +10,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from lorax_ft import training, trees
+from lorax_ft import training
 from lorax_ft.adapted import Adapted, load_shapes, make_outputs
 from lorax_ft.config import ExperimentConfig
 from lorax_ft.data import SequenceToSequence, TextClassification
 from lorax_ft.data.dataset import MODEL_TASKS
 from lorax_ft.experiment import make_optimizer
-from lorax_ft.memory import local_bytes
-from lorax_ft.training.paging import HOST, paged_arrays, state_shardings
+from lorax_ft.memory import local_bytes, place, placed
+from lorax_ft.training.paging import HOST, paged_arrays
 from lorax_ft.training.sharding import batch_sharding
 
 PyTree = Any
-STEPS = 1_000_000  # of a run whose length its data decide: no shape depends on it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,41 +59,29 @@ def make_step(config: ExperimentConfig, adapted: Adapted, devices: Sequence[Any]
     mesh = training.make_mesh(config.mesh, devices)
     alone = SingleDeviceSharding(mesh.devices.flat[0]) if mesh.size == 1 else None
     everywhere = alone or NamedSharding(mesh, PartitionSpec())
-    if alone:
-        params = _placed(adapted.params, alone)
-    else:
-        lie = training.shardings(adapted.params, mesh)
-        params = jax.tree.map(_at, adapted.params, lie)
-    train, frozen = trees.partition(params, adapted.trainable)
-    tx = make_optimizer(config, config.train.steps or STEPS)
-    opt_state = jax.eval_shape(tx.init, train)
-    if alone and not config.optimizer.paged:
-        opt_state, out_shardings = _placed(opt_state, alone), None
-    else:
-        lie = state_shardings(tx, opt_state, train, mesh)
-        opt_state = jax.tree.map(_at, opt_state, lie)
-        out_shardings = (training.shardings_of(train), lie)
+    tx = make_optimizer(config, config.train.steps)
+    kept = place(adapted, tx, mesh)
     return Step(
         function=training.make_train_step(
             make_outputs(adapted.model, mesh),
             training.OBJECTIVES[adapted.model.task],
             tx,
             accumulation=config.train.accumulation,
-            out_shardings=out_shardings,
+            out_shardings=kept.out_shardings,
         ),
-        train=train,
-        opt_state=opt_state,
-        frozen=frozen,
+        train=kept.train,
+        opt_state=kept.opt_state,
+        frozen=kept.frozen,
         batch={
-            name: _at(x, alone or batch_sharding(name, x.shape, mesh))
+            name: placed(x, alone or batch_sharding(name, x.shape, mesh))
             for name, x in batch_shapes(config).items()
         },
         misplaced=sum(
             local_bytes(x)
-            for x in paged_arrays(tx, opt_state, train)
+            for x in paged_arrays(tx, kept.opt_state, kept.train)
             if x.sharding.memory_kind != HOST
         ),
-        key=_at(jax.eval_shape(lambda: jax.random.key(0)), everywhere),
+        key=placed(jax.eval_shape(lambda: jax.random.key(0)), everywhere),
         mesh=mesh,
         vocabulary=adapted.model.config.vocab_size,
         longest=_longest(config, adapted.model.config.max_length),
@@ -109,7 +96,9 @@ def batch_shapes(config: ExperimentConfig) -> dict[str, jax.ShapeDtypeStruct]:
     def integers(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    batch = {"input_ids": integers(rows, length), "attention_mask": integers(rows, length)}
+    packing = () if config.data.packed_length is None else ("segment_ids", "position_ids")
+    names = ("input_ids", "attention_mask", *packing)
+    batch = {name: integers(rows, length) for name in names}
     if isinstance(task, SequenceToSequence):
         targets = (loader.target_buckets or (task.max_target_length,))[-1]
         batch |= {name: integers(rows, targets) for name in ("decoder_input_ids", "labels")}
@@ -128,11 +117,3 @@ def _longest(config: ExperimentConfig, positions: int | None) -> int | None:
         return None
     in_front = (config.prompt, config.p_tuning, config.prefix)
     return positions - sum(section.length for section in in_front if section is not None)
-
-
-def _at(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-
-
-def _placed(tree: PyTree, sharding: Any) -> PyTree:
-    return jax.tree.map(lambda array: _at(array, sharding), tree)

@@ -120,27 +120,45 @@ class Trial:
         return " ".join(f"--config.{key}={value}" for key, value in self.changes.items())
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Suggested:
+    """What was tried, in order, and why what is missing there could not be."""
+
+    trials: tuple[Trial, ...]
+    impossible: Mapping[str, str]  # by name of a suggestion
+
+
+# Raised of a config that cannot be, and by a compiler that has not what it is asked for.
+IMPOSSIBLE = (ValueError, TypeError, RuntimeError)
+
+
 def suggest(
     config: ExperimentConfig, plan: Plan, make: Callable[[ExperimentConfig], Plan]
-) -> list[Trial]:
-    """What was tried until the run fits, or until nothing is left; empty for one that does.
+) -> Suggested:
+    """What was tried until the run fits, or until nothing is left; nothing for one that does.
 
-    `make` plans a config on the target of `plan`. What does not save memory is not kept.
+    `make` plans a config on the target of `plan`. What does not save memory is not kept, and what
+    the config's methods or the target's compiler do not know is left out.
     """
     trials: list[Trial] = []
+    impossible: dict[str, str] = {}
     for suggestion in SUGGESTIONS:
         if plan.fits:
             break
         changes = suggestion.changes(config, plan.target)
         if not changes:
             continue
-        changed = with_changes(config, changes)
-        found = make(changed)
+        try:
+            changed = with_changes(config, changes)
+            found = make(changed)
+        except IMPOSSIBLE as error:
+            impossible[suggestion.name] = str(error).strip().partition("\n")[0]
+            continue
         if not found.fits and not _saves(found, plan):
             continue
         config, plan = changed, found
         trials.append(Trial(suggestion=suggestion, changes=changes, config=config, plan=plan))
-    return trials
+    return Suggested(trials=tuple(trials), impossible=impossible)
 
 
 def with_changes(config: ExperimentConfig, changes: Changes) -> ExperimentConfig:
