@@ -34,12 +34,12 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A config of configs/llama.py on a device, and what size is to be as large as fits."""
+    """A config of configs/llama.py on a device, and what sizes are to be as large as fits."""
 
     argument: str
     device: str
     mesh: str | None = None
-    find: str | None = None
+    find: tuple[str, ...] = ()  # each with the other sizes as they are
     batch_size: int = 1
     length: int = 512
     paged: bool = False  # optimizer states on the host
@@ -55,17 +55,20 @@ class Row:
         return STORE / (re.sub(r"[^\w=-]+", "_", self.name) + ".pickle")
 
 
+BOTH = ("batch", "length")
 ROWS = (
     Row("7b-qlora64", "rtx-3070"),
-    Row("65b-qlora16", "a6000"),
+    Row("65b-qlora16", "a6000", find=BOTH),
     Row("65b-qlora64", "a6000"),
-    Row("65b-qlora64", "a6000", paged=True),
-    Row("65b-qlora64", "a100-80", find="batch"),
-    Row("3-70b-qlora16", "tpu-v5e:4x4", "fsdp=16", "batch", 16),
-    Row("3-70b-qlora64", "h100:8", None, "batch", 8),
-    Row("3-70b-qlora16", "tpu-v6e:16x16", "data=16,fsdp=16", "batch", 256),
+    Row("65b-qlora64", "a6000", paged=True, find=BOTH),
+    Row("65b-qlora16", "a100-80", find=BOTH),
+    Row("65b-qlora64", "a100-80", find=BOTH),
     Row("3-70b-qlora64", "a6000"),
-    Row("3-70b-qlora16", "tpu-v5e:4x4", "fsdp=4,tensor=4", "length", 4),
+    Row("3-70b-qlora16", "a100-80", find=BOTH),
+    Row("3-70b-qlora64", "h100:8", find=BOTH, batch_size=8),
+    Row("3-70b-qlora16", "tpu-v5e:4x4", "fsdp=16", ("batch",), 16),
+    Row("3-70b-qlora16", "tpu-v5e:4x4", "fsdp=4,tensor=4", ("length",), 4),
+    Row("3-70b-qlora16", "tpu-v6e:16x16", "data=16,fsdp=16", ("batch",), 256),
 )
 # Full fine-tuning, whose memory is arithmetic: (config of configs/llama.py, its param_dtype).
 FULL = (("65b-full", "bfloat16"), ("65b-full", "float32"), ("7b-full", "bfloat16"))
@@ -75,7 +78,7 @@ _ROW = flags.DEFINE_integer("row", None, "one row, by its number: what the proce
 
 
 def make(row: Row) -> None:
-    """Keeps a row's plans: as it is, and then at the largest size that fits."""
+    """Keeps a row's plans: as it is, and then at each size as large as fits."""
     from lorax_ft import planning
     from lorax_ft.planning import search
     from lorax_ft.planning.command import parse_mesh
@@ -94,12 +97,12 @@ def make(row: Row) -> None:
     )
     start = time.process_time()
     first = plan_of(config)
-    kept = {"row": row, "plan": first, "largest": None, "seconds": time.process_time() - start}
+    kept = {"row": row, "plan": first, "largest": [], "seconds": time.process_time() - start}
     print(planning.plan_text(first), flush=True)
     row.file.write_bytes(pickle.dumps(kept))
-    if row.find:
-        kept["largest"] = planning.largest(config, first, row.find, plan_of)
-        print(planning.largest_text(kept["largest"]), flush=True)
+    for what in row.find:
+        kept["largest"].append(planning.largest(config, first, what, plan_of))
+        print(planning.largest_text(kept["largest"][-1]), flush=True)
         row.file.write_bytes(pickle.dumps(kept))
 
 
@@ -166,8 +169,8 @@ def cells(found: dict[str, Any]) -> dict[str, Any]:
         "roofline_s": None if bound is None else float(f"{bound.seconds:.3g}"),
         "bound_by": None if bound is None else bound.bound,
         "gigacycles": None if plan.cycles is None else round(plan.cycles.total / 1e9, 3),
-        "largest": "" if largest is None else _largest_text(largest),
-        "not_fitting": None if largest is None else largest.refused,
+        "largest": ", ".join(map(_largest_text, largest)),
+        "not_fitting": ", ".join(f"{one.what} {one.refused}" for one in largest if one.refused),
         "processor_s": round(found["seconds"], 1),
     }
 
