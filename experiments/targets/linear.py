@@ -5,13 +5,18 @@
 Needs no TPU but its compiler (`pip install 'jax[tpu]'`). A kernel of 4096 x 4096 in bfloat16, 2,048
 tokens: the output, the gradient of the input and, where there is an adapter, those of its factors
 (rank 16, float32). Nothing is allocated. Writes linear_layer.csv beside this file;
-`--operations` prints what each program spends its cycles on.
+`--operations` prints what each program spends its cycles on. `--peer_script` compiles another
+library's layers of the same shapes: it is given a topology and prints a line for each, its name,
+its cycles and its temporaries in MiB.
 """
 
 from __future__ import annotations
 
 import csv
 import pathlib
+import re
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -21,6 +26,7 @@ from chips import chip, listing, total
 from jax.sharding import SingleDeviceSharding
 
 from lorax_ft import trees
+from lorax_ft.devices import find_device
 from lorax_ft.methods import LoRA
 from lorax_ft.quantization import QuantizationConfig, quantize_array
 
@@ -40,6 +46,7 @@ _TOKENS = flags.DEFINE_integer("tokens", 2048, "rows of the input")
 _OPERATIONS = flags.DEFINE_integer("operations", 0, "how many operations of each to print")
 _SIZE = flags.DEFINE_integer("size", 4096, "inputs and outputs of the kernel")
 _CSV = flags.DEFINE_string("csv", str(HERE / "linear_layer.csv"), "the table; none where empty")
+_PEER_SCRIPT = flags.DEFINE_string("peer_script", None, "script that compiles another's layers")
 _ONLY = flags.DEFINE_string("only", "", "only layers whose name has this")
 
 
@@ -89,6 +96,23 @@ def compiled(kind: str, has_adapter: bool, device: Any, tokens: int = 2048) -> A
     return jax.jit(layer).lower(*shapes).compile()
 
 
+def peers(targets: list[str]) -> list[dict[str, Any]]:
+    """The other library's rows of the table."""
+    rows: dict[str, dict[str, Any]] = {}
+    for target in targets:
+        wired = find_device(f"tpu-{target}").topologies[0]
+        command = [sys.executable, _PEER_SCRIPT.value, f"{target}:{wired}"]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        print(done.stdout, flush=True)
+        for line in done.stdout.splitlines():
+            found = re.fullmatch(r"(.+?) +([\d,]+) cycles, temporaries (\d+) MiB", line)
+            if found:
+                row = rows.setdefault(found[1], {"layer": found[1]})
+                row[f"{target} kilocycles"] = round(int(found[2].replace(",", "")) / 1e3)
+                row[f"{target} temporary MiB"] = int(found[3])
+    return list(rows.values())
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
@@ -108,6 +132,8 @@ def main(argv: list[str]) -> None:
             if _OPERATIONS.value:
                 print(listing(text, _OPERATIONS.value), flush=True)
         rows.append(row)
+    if _PEER_SCRIPT.value:
+        rows += peers(_TARGETS.value)
     if not _CSV.value:
         return
     with open(_CSV.value, "w", newline="") as file:
