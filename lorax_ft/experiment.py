@@ -119,6 +119,8 @@ def _train(config: ExperimentConfig, directory: pathlib.Path, command: str) -> d
         print(f"{directory} is finished; another --run_dir trains anew.")
         print(reports.results_table(results))
         return results
+    if (idle := training.idle_devices(config.mesh)) and training.is_first():
+        print(f"WARNING: {idle}", file=sys.stderr)
     tokenizer, dataset = load_data(config)
     _check_room(config, dataset)
     adapted = load_adapted(config, dataset.task, dataset.label_names)

@@ -285,6 +285,22 @@ def test_bad_input_leaves_no_run_behind(folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("mesh", "warning"), [
+    ({}, ""),
+    ({"data": -1}, ""),
+    ({"fsdp": 2, "tensor": 4}, ""),
+    ({"data": 3}, "WARNING: The mesh (data=3, fsdp=1, sequence=1, tensor=1) uses 3 of the 8 "
+    "devices, and 5 are idle: set an axis to -1 for all that are left.\n"),
+])  # fmt: skip
+def test_a_mesh_that_leaves_devices_idle_is_warned_of(folder, tmp_path, capsys, mesh, warning):
+    model = {"path": str(folder / "nowhere")}
+
+    with pytest.raises(OSError, match="No tokenizer at"):
+        experiment.train(classification(folder, model=model, mesh=mesh), tmp_path / "run")
+
+    assert capsys.readouterr().err == warning
+
+
 def test_a_prompt_starts_from_its_text(folder):
     prompt = {"length": 3, "initialization": "ids", "text": "red sky"}
     config = classification(folder, lora=None, prompt=prompt)

@@ -21,7 +21,7 @@ from lorax_ft.planning.plan import largest_logits, make_plan, on_mesh
 from lorax_ft.training import MeshConfig
 from lorax_ft.training.flops import PEAK_FLOPS
 from tests.compilers import needs_gpu_compiler, needs_tpu_compiler
-from tests.plans import CPU, config_of, write_model
+from tests.plans import CPU, SIZES, config_of, write_model
 
 
 @pytest.fixture(scope="module")
@@ -351,6 +351,23 @@ def test_the_tpu_compiler_tells_cycles_and_refuses_in_our_words(model):
 
 
 @needs_tpu_compiler
+def test_offloaded_inputs_of_layers_are_on_the_host_of_a_tpu(model):
+    target, length, rows = planning.parse_target("tpu-v5e"), 128, 8
+
+    def plan_of(remat):
+        compute = {"remat": remat}
+        return make_plan(config_of(model, length=length, batch_size=rows, compute=compute), target)
+
+    kept, offloaded = plan_of("full"), plan_of("offload")
+
+    inputs = SIZES["num_hidden_layers"] * rows * length * SIZES["hidden_size"] * 2
+    assert (kept.host, offloaded.host) == (0, inputs)
+    assert offloaded.memory is not None
+    assert offloaded.memory.host == inputs
+    assert offloaded.parts["activations"] < kept.parts["activations"]
+
+
+@needs_tpu_compiler
 def test_a_topology_that_the_tpu_compiler_does_not_know_is_an_error():
     with pytest.raises(ValueError, match="knows no topology v5e:3x7"):
         targets.compiler(planning.parse_target("tpu-v5e:3x7"))
@@ -362,3 +379,12 @@ def test_the_gpu_compiler_is_asked_about_a_card_that_is_not_here(model):
 
     assert plan.stands_in is None
     assert plan.fits
+
+
+@needs_gpu_compiler
+def test_offloaded_inputs_of_layers_are_on_the_host_of_a_card(model):
+    config = config_of(model, length=128, batch_size=8, compute={"remat": "offload"})
+
+    plan = make_plan(config, planning.parse_target("a6000"))
+
+    assert plan.host == SIZES["num_hidden_layers"] * 8 * 128 * SIZES["hidden_size"] * 2

@@ -198,8 +198,8 @@ def write(results: list[dict[str, Any]]) -> None:
 
 
 def _largest_text(found: Any) -> str:
-    """The size, as one that fits where no larger one was tried that does not."""
-    least = "at least " if found.refused is None else ""
+    """The size, as one that fits where there is a larger one and none was tried that does not."""
+    least = "at least " if found.refused is None and not found.is_last else ""
     return f"{found.what} {least}{found.size}"
 
 

@@ -61,7 +61,7 @@ def refusal_of(error: BaseException) -> Refusal | None:
 
     >>> refusal_of(RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory "
     ...     "required for HLO temporaries (22.04G) exceeds available HBM (15.75G).")).words
-    "the compiler refuses the step: it would need 22.04 GiB, and 15.75 GiB are there"
+    'the compiler refuses the step: it would need 22.04 GiB, and 15.75 GiB are there'
     """
     text = str(error)
     is_memory = "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()

@@ -101,7 +101,8 @@ RULES: tuple[Rule, ...] = (
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `AXES` over the devices, by default all of every process.
 
-    One process may use fewer devices than there are: the first ones. Raises ValueError where there
+    One process may use fewer devices than there are: the first ones; `idle_devices` tells.
+    Raises ValueError where there
     are too few, where -1 does not come out even, and where several processes would leave devices
     idle.
     """
@@ -124,6 +125,25 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         AXES,
         axis_types=(AxisType.Auto,) * len(AXES),
         devices=devices[:wanted],
+    )
+
+
+def idle_devices(config: MeshConfig, devices: Sequence[Any] | None = None) -> str | None:
+    """A sentence on the devices that a mesh of several leaves idle; None where there are none.
+
+    A mesh of one, which is the default, asks for no others, so that nothing is said of it.
+
+    >>> idle_devices(MeshConfig(data=3), range(8))
+    'The mesh (data=3, fsdp=1, sequence=1, tensor=1) uses 3 of the 8 devices, and 5 are idle: set \
+an axis to -1 for all that are left.'
+    """
+    count = len(jax.devices() if devices is None else devices)
+    if not 1 < config.size < count:
+        return None
+    sizes = ", ".join(f"{axis}={size}" for axis, size in dataclasses.asdict(config).items())
+    return (
+        f"The mesh ({sizes}) uses {config.size} of the {count} devices, and {count - config.size} "
+        "are idle: set an axis to -1 for all that are left."
     )
 
 
