@@ -76,7 +76,7 @@ def make_step(config: ExperimentConfig, adapted: Adapted, devices: Sequence[Any]
         out_shardings = (training.shardings_of(train), lie)
     return Step(
         function=training.make_train_step(
-            make_outputs(adapted.model, mesh),
+            make_outputs(adapted.model, mesh, right_padded=True),
             training.OBJECTIVES[adapted.model.task],
             tx,
             accumulation=config.train.accumulation,
