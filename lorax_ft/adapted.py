@@ -194,11 +194,22 @@ def make_apply(model: Model) -> Callable[..., Any]:
     return _with_key(lift(model.apply))
 
 
-def make_outputs(model: Model, mesh: jax.sharding.Mesh | None = None) -> Callable[..., Any]:
+def make_outputs(
+    model: Model, mesh: jax.sharding.Mesh | None = None, *, right_padded: bool = False
+) -> Callable[..., Any]:
     """As `make_apply`, but a language model's logits are `Logits`, of which objectives hold no more
-    at once than each device of the mesh may, by the model's `compute.logits_bytes`."""
+    at once than each device of the mesh may, by the model's `compute.logits_bytes`.
+
+    `right_padded` says that an `attention_mask` hides nothing but ends of texts, as those that
+    `data.loader` makes; where another comes, numbers may be wrong. A GPU then needs no memory for
+    it that grows with the square of the length.
+    """
     devices = 1 if mesh is None else mesh.size
-    compute = dataclasses.replace(model.compute, logits_bytes=devices * model.compute.logits_bytes)
+    compute = dataclasses.replace(
+        model.compute,
+        logits_bytes=devices * model.compute.logits_bytes,
+        right_padded=right_padded or model.compute.right_padded,
+    )
     if mesh is not None:
         compute = dataclasses.replace(compute, platform=mesh.devices.flat[0].platform)
     outputs = _with_key(lift(dataclasses.replace(model, compute=compute).outputs))

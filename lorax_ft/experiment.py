@@ -93,7 +93,8 @@ def assemble(
         train=train,
         frozen=frozen,
         eval_step=training.make_eval_step(
-            make_outputs(adapted.model, adapted.mesh), training.OBJECTIVES[dataset.task]
+            make_outputs(adapted.model, adapted.mesh, right_padded=True),
+            training.OBJECTIVES[dataset.task],
         ),
     )
 
@@ -292,7 +293,7 @@ def _start(experiment: Experiment, batches: TrainBatches) -> _Start:
     if adapted.mesh is not None or config.optimizer.paged:
         shardings = (training.shardings_of(train), training.shardings_of(opt_state))
     step = training.make_train_step(
-        make_outputs(adapted.model, adapted.mesh),
+        make_outputs(adapted.model, adapted.mesh, right_padded=True),
         training.OBJECTIVES[experiment.dataset.task],
         tx,
         accumulation=config.train.accumulation,

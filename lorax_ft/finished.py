@@ -72,7 +72,7 @@ def evaluate(run_dir: str | pathlib.Path, part: str) -> prediction.Evaluation:
     finished = load_run(run_dir)
     adapted, task = finished.adapted, finished.record.task
     dataset = _dataset(finished)
-    outputs = make_outputs(adapted.model, adapted.mesh)
+    outputs = make_outputs(adapted.model, adapted.mesh, right_padded=True)
     step = training.make_eval_step(outputs, training.OBJECTIVES[task])
     train, frozen = trees.partition(adapted.params, adapted.trainable)
     return prediction.evaluate(

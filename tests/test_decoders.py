@@ -229,10 +229,14 @@ def test_a_config_that_says_nothing_has_the_familys_defaults(family):
 def test_which_layers_slide_is_said_as_each_family_says_it():
     def windows(**raw):
         raw = {"num_hidden_layers": 4, "sliding_window": 7, **raw}
-        windows = models.LlamaConfig.from_hugging_face(raw).windows
-        return None if windows is None else [int(w) if w < 100 else None for w in windows]
+        config = models.LlamaConfig.from_hugging_face(raw)
+        assert config.windows(keys=7) is None  # it hides none of so few
+        if (each := config.windows(keys=100)) is None:
+            return config.window
+        assert config.window is None
+        return [int(w) if w < 100 else None for w in each]
 
-    assert windows(model_type="mistral") == [7, 7, 7, 7]
+    assert windows(model_type="mistral") == 7
     assert windows(model_type="mistral", sliding_window=None) is None
     assert windows(model_type="gemma2") == [7, None, 7, None]
     assert windows(model_type="gemma2", layer_types=[FULL, FULL, SLIDING, FULL]) == [

@@ -213,6 +213,7 @@ def test_the_fused_kernel_is_asked_for_with_a_whole_mask(monkeypatch):
 
     assert asked["mask"].shape == (2, 1, 5, 5)
     assert (asked["implementation"], asked["is_causal"]) == ("cudnn", True)
+    assert asked["key_value_seq_lengths"] is None  # a mask may hide anything
 
 
 def test_dropped_attention_weights_keep_their_mean():

@@ -142,6 +142,15 @@ def test_padding_is_masked_has_no_label_and_no_weight():
     }
 
 
+@pytest.mark.parametrize("make", [modelled, classified])
+def test_masks_hide_ends_of_rows_alone(make):
+    """`make_outputs` is told so, and on GPUs attention reads nothing of a mask but its sum."""
+    for batch in take(loader(make([5, 0, 3, 8, 1, 2, 7]), batch_size=4), 4):
+        mask = batch["attention_mask"]
+        assert np.array_equal(mask, np.arange(mask.shape[1]) < mask.sum(axis=1, keepdims=True))
+        assert mask.sum(axis=1).min() > 0
+
+
 def test_a_short_classification_batch_is_filled_with_rows_of_no_label():
     (batch,) = take(loader(classified([2, 3]), batch_size=4), 1)
 

@@ -21,6 +21,8 @@ from lorax_ft.training.sharding import MeshConfig, Rule, make_mesh, shard, shard
 from lorax_ft.training.step import make_train_step
 from tests.compilers import needs_tpu_compiler
 
+pytestmark = pytest.mark.usefixtures("optimized_compiles")  # a law of bits
+
 VOCABULARY, WIDTH, LAYERS = 96, 512, 2  # half a row is a block of eight-bit states
 OBJECTIVE = OBJECTIVES["causal_lm"]
 KEY = jax.random.key(0)
@@ -106,10 +108,14 @@ def run(config: OptimizerConfig, steps: int = 4, on_mesh: bool = False):
 
 
 def check_same_bits(left, right):
+    differing = [p for p, (one, other) in pairs(left, right) if one.tobytes() != other.tobytes()]
+    assert not differing
+
+
+def pairs(left, right):
     left, right = (trees.flatten_arrays(jax.device_get(tree)) for tree in (left, right))
     assert list(left) == list(right)
-    differing = [p for p in left if left[p].tobytes() != right[p].tobytes()]
-    assert not differing
+    return [(path, (left[path], right[path])) for path in left]
 
 
 @pytest.mark.parametrize(
@@ -133,13 +139,26 @@ def test_on_a_mesh_too_and_paged_states_lie_on_the_host_as_their_parameters(stat
     unpaged = run(OptimizerConfig(**options), on_mesh=True)
     paged = run(OptimizerConfig(paged=True, **options), on_mesh=True)
 
-    check_same_bits(unpaged, paged)
+    check = check_same_bits if state_dtype == "parameter" else check_same_but_for_neighbours
+    check(unpaged, paged)
     mu = next(part for part in paged[1] if hasattr(part, "mu")).mu
     states = {"embedding": mu["embedding"], "layers/kernel": mu["layers"]["kernel"]}
     if state_dtype == "int8":
         states = {path: blocks.codes for path, blocks in states.items()}
     assert {x.sharding.memory_kind for x in states.values()} == {HOST}
     assert {path: x.sharding.spec for path, x in states.items()} == LYING[state_dtype]
+
+
+def check_same_but_for_neighbours(left, right):
+    """XLA goes over the shards of a whole array in another order than over a page's, and joins
+    another product of a moment to its sum: a moment halfway between two codes may take either."""
+    for path, (one, other) in pairs(left, right):
+        if one.dtype == np.uint8:
+            apart = np.abs(one.astype(int) - other)
+            assert apart.max() <= 1, path
+            assert apart.sum() <= 1e-4 * one.size, path
+        else:  # a neighbour is a hundredth away, and moves a number by a hundredth of a step
+            np.testing.assert_allclose(one, other, rtol=1e-6, atol=2e-4, err_msg=path)
 
 
 def test_what_is_paged_stays_in_the_hosts_memory_and_nothing_else_goes_there():

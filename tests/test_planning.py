@@ -15,7 +15,7 @@ from lorax_ft import cli, memory, planning, trees
 from lorax_ft.config import ExperimentConfig, parse
 from lorax_ft.devices import DEVICES, by_device_kind
 from lorax_ft.memory import refusal_of
-from lorax_ft.models import build
+from lorax_ft.models import attending, build
 from lorax_ft.planning import command, shapes, targets
 from lorax_ft.planning.plan import largest_logits, make_plan, on_mesh
 from lorax_ft.training import MeshConfig
@@ -188,6 +188,18 @@ def test_the_plan_is_of_the_step_that_a_run_compiles(model, planned):
     assert planned.needed == planned.memory.peak + unused
     assert np.isfinite(float(metrics["loss"]))
     assert jax.tree.structure(train) == jax.tree.structure(step.train)
+
+
+def test_a_step_is_told_that_the_loaders_masks_hide_ends_alone(model, monkeypatch):
+    config = config_of(model)
+    step = shapes.make_step(config, shapes.describe(config), jax.devices())
+    told, plain = set(), attending.KERNELS["xla"]
+    attend = lambda *args: (told.add(args[3].hides_ends), plain.attend(*args))[1]
+    monkeypatch.setitem(attending.KERNELS, "xla", dataclasses.replace(plain, attend=attend))
+
+    jax.eval_shape(step.function, *step.arguments)
+
+    assert told == {True}
 
 
 def zeros(shape):

@@ -158,9 +158,21 @@ def run(mesh_config: MeshConfig | None, accumulation: int = 1):
     return jax.device_get(train), found, step._cache_size()
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("config", [MESH, MeshConfig(fsdp=4, tensor=2), MeshConfig(data=-1)])
-def test_training_on_eight_devices_equals_one(config, accumulation):
+EIGHTS = [
+    MeshConfig(data=data, fsdp=fsdp, tensor=8 // (data * fsdp))
+    for data in (1, 2, 4, 8)
+    for fsdp in (1, 2, 4, 8)
+    if data * fsdp <= 8
+]
+ACCUMULATED = [MESH, MeshConfig(fsdp=4, tensor=2), MeshConfig(data=8)]
+
+
+@pytest.mark.parametrize(
+    ("config", "accumulation"),
+    [*((config, 1) for config in EIGHTS), *((config, 2) for config in ACCUMULATED)],
+    ids=str,
+)
+def test_training_on_eight_devices_of_any_shape_equals_one(config, accumulation):
     one, eight = run(None, accumulation), run(config, accumulation)
 
     # sums over devices add in another order, and Adam's first steps divide small gradients
@@ -315,6 +327,17 @@ def test_a_rule_of_ones_own_goes_before_the_others():
     found = shardings({"x": {"router": {"gate": jnp.ones((4, 8))}}}, make_mesh(MESH), rules)
 
     assert found["x"]["router"]["gate"].spec == P(None, "tensor")
+
+
+def test_a_rule_that_holds_for_no_parameter_is_an_error_but_for_the_built_in_ones():
+    params = {"x": {"router": {"gate": jnp.ones((4, 8))}, "up": {"kernel": jnp.ones((4, 8))}}}
+    gate = Rule(pattern=".*/gate", spec=P("tensor"))
+
+    with pytest.raises(ValueError, match=r"Rule.pattern.*x/router/gates.*x/router/gate"):
+        shardings(params, make_mesh(MESH), (Rule(pattern="x/router/gates", spec=P()), gate, *RULES))
+    late = Rule(pattern=".*/kernel", spec=P())
+    with pytest.raises(ValueError, match=r"before it cover all .* such as x/up/kernel\. Put"):
+        shardings(params, make_mesh(MESH), (gate, *RULES, late))
 
 
 def test_a_kernel_that_does_not_divide_is_an_error_unless_its_rule_allows_it():

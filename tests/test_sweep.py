@@ -73,8 +73,8 @@ def traces():
 def swept(folder, traces):
     """A finished sweep of five runs in two slots."""
 
-    def make_outputs(model):
-        apply = adapted.make_outputs(model)
+    def make_outputs(model, **how):
+        apply = adapted.make_outputs(model, **how)
 
         def counted(params, inputs, key=None):
             traces.extend([] if key is None else [inputs["input_ids"].shape])

@@ -86,7 +86,7 @@ def measure(variant: str, state: list[Any], frozen: Any, tx: Any) -> dict[str, A
     remat, _, mask = variant.partition("+")
     config = experiment(_METHOD.value, _MODEL.value, remat, _ROWS.value, _LENGTH.value)
     step = training.make_train_step(
-        make_outputs(describe(config)), training.OBJECTIVES["causal_lm"], tx
+        make_outputs(describe(config), right_padded=True), training.OBJECTIVES["causal_lm"], tx
     )
     vocabulary = read_config(_MODEL.value)["vocab_size"]
     batch = make_batch(_ROWS.value, _LENGTH.value, vocabulary, mask == "mask")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ class Seen:
     """Which keys each query sees."""
 
     mask: Array | None = None  # [batch, 1, 1, keys], True for seen keys
+    hides_ends: bool = False  # by its making the mask hides nothing but what is behind a text
     is_causal: bool = False
     window: int | Array | None = None  # how many keys a query sees, itself among them
     first: int | Array | None = None  # the key that the first query stands at; None: ends are level
@@ -70,8 +71,10 @@ def attend(
     one of `KERNELS`, or "auto" for that of the platform, by default this process' own. A kernel
     that has not what a call asks for (dropout, a cache, keys of a prefix) leaves it to plain
     products; raises ValueError where one that was asked for by name has not what the model always
-    needs.
+    needs. What comes out for a query that is padding differs between them.
     """
+    if _is_constant(seen.window) and seen.window >= key.shape[1]:
+        seen = dataclasses.replace(seen, window=None)  # it hides nothing
     if kernel == "auto":
         kernel = OF_PLATFORM.get(platform or jax.default_backend(), "xla")
         one = KERNELS[kernel]
@@ -176,24 +179,35 @@ def _within_segments(
 
 def cudnn(query: Array, key: Array, value: Array, seen: Seen, products: Products) -> Array:
     """`attend` by cuDNN's fused kernel, of half precision; on a mesh each device has its rows and
-    heads."""
+    heads.
+
+    It has a causal mask and lengths of its own; any other mask is `[batch, 1, length, keys]` in
+    half precision, and its gradient as much again. What is behind a length is zero.
+    """
     length, keys = query.shape[1], key.shape[1]
-    mask, is_causal = seen.mask, seen.is_causal
-    # cuDNN's own window is a constant, which one in a scanned layer is not; its own causal mask is
-    # of as many keys as queries
-    if seen.window is not None or seen.segments is not None or (is_causal and keys != length):
+    mask, lengths, is_causal = seen.mask, None, seen.is_causal
+    if _is_by_place(seen, length, keys):
         mask, is_causal = whole_mask(seen, length, keys), False
+    elif mask is not None and seen.hides_ends:
+        lengths = jnp.sum(mask[:, 0, 0], axis=1, dtype=jnp.int32)
+        mask, lengths = None, jnp.broadcast_to(lengths, query.shape[:1])
     if mask is not None:  # cuDNN does not broadcast it over queries
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, keys))
     bias = None if products.bias is None else products.bias.astype(query.dtype)
 
-    def compute(query: Array, key: Array, value: Array, mask: Any, bias: Any) -> Array:
+    def compute(query: Array, key: Array, value: Array, mask: Any, lengths: Any, bias: Any):
+        of_queries = None
+        if lengths is not None:
+            lengths = _mapped_with(query, lengths)
+            of_queries = None if seen.crosses else lengths - (keys - length)
         return jax.nn.dot_product_attention(
             query,
             key,
             value,
             bias=bias,
             mask=mask,
+            query_seq_lengths=of_queries,
+            key_value_seq_lengths=lengths,
             is_causal=is_causal,
             scale=products.scale,
             implementation="cudnn",
@@ -204,15 +218,48 @@ def cudnn(query: Array, key: Array, value: Array, seen: Seen, products: Products
         rows, by_head = _rows(sizes), _by_head(sizes, key.shape[2])
         each = PartitionSpec(rows, None, by_head, None)
         of_mask = PartitionSpec(rows if mask is not None and mask.shape[0] > 1 else None)
+        of_lengths = PartitionSpec(rows)
         of_bias = PartitionSpec(rows if bias is not None and bias.shape[0] > 1 else None, by_head)
         compute = jax.shard_map(
             compute,
             mesh=mesh,
-            in_specs=(each, each, each, of_mask, of_bias),
+            in_specs=(each, each, each, of_mask, of_lengths, of_bias),
             out_specs=each,
             check_vma=False,
         )
-    return compute(query, key, value, mask, bias)
+    return compute(query, key, value, mask, lengths, bias)
+
+
+def _is_by_place(seen: Seen, length: int, keys: int) -> bool:
+    """Whether the mask has to say for each query what it sees.
+
+    cuDNN's own causal mask is of as many keys as queries. Its own window goes unused: JAX tests it
+    without lengths alone.
+    """
+    is_shifted = seen.is_causal and keys != length
+    return seen.window is not None or seen.segments is not None or is_shifted
+
+
+def _mapped_with(query: Array, lengths: Array) -> Array:
+    """The lengths; mapped where the queries are, as those of a sweep's members: JAX 0.10 takes all
+    that goes into cuDNN's kernel for mapped then."""
+    return jnp.where(query[:, 0, 0, 0] > 0, lengths, lengths)
+
+
+def _largest_head() -> int:
+    """The greatest head_dim that cuDNN's kernels have forward and backward on this process' card,
+    by NVIDIA's support matrix; 0 for others' cards and for those before Ampere.
+
+    JAX asks the process as well. So a plan for a card that is not here has what all cards have, and
+    tells too much of Hopper's, where head_dim is above 128.
+    """
+    card = jax.local_devices()[0]
+    if card.platform != "gpu":
+        return 128
+    generation = str(getattr(card, "compute_capability", "")).partition(".")[0]
+    if not generation.isdigit() or int(generation) < 8:
+        return 0
+    return 256 if generation == "9" else 128
 
 
 def _mesh() -> tuple[Any, Mapping[str, int]]:
@@ -337,19 +384,32 @@ class Kernel:
 def _cudnn_lacks(query: Array, seen: Seen, products: Products) -> str | None:
     if products.softcap is not None:
         return "softcap, which this model has"
-    return None if query.dtype.itemsize == 2 else "float32, only bfloat16 and float16"
+    if query.dtype.itemsize != 2:
+        return "float32, only bfloat16 and float16"
+    head_dim, largest = query.shape[-1], _largest_head()
+    if not largest:
+        return "card like this one, only NVIDIA's from Ampere on"
+    if head_dim % 8 or head_dim > largest:
+        return f"head_dim of {head_dim} here, only multiples of 8 up to {largest}"
+    return None
 
 
 def _cudnn_serves(query: Array, key: Array, seen: Seen, products: Products) -> bool:
     _, sizes = _mesh()
-    return products.dropout_key is None and sizes.get(SEQUENCE, 1) == 1
+    length, keys = query.shape[1], key.shape[1]
+    is_masked = _is_by_place(seen, length, keys) or (seen.mask is not None and not seen.hides_ends)
+    # A mask is a bias to it, and a bias has no gradient where lengths are odd; nobody asks for one
+    # through a cache.
+    is_biased = is_masked or products.bias is not None
+    is_odd = seen.first is None and is_biased and (length % 2 == 1 or keys % 2 == 1)
+    return products.dropout_key is None and sizes.get(SEQUENCE, 1) == 1 and not is_odd
 
 
 def _splash_lacks(query: Array, seen: Seen, products: Products) -> str | None:
     if products.bias is not None:
         return "bias of positions, which this model has"
-    if seen.window is not None and not isinstance(seen.window, (int, np.integer)):
-        return "windows that differ between scanned layers (or say scan_layers=False)"
+    if seen.window is not None and not _is_constant(seen.window):
+        return "windows that differ between layers which are scanned or computed again"
     return None
 
 
@@ -357,6 +417,12 @@ def _splash_serves(query: Array, key: Array, seen: Seen, products: Products) -> 
     is_whole = not seen.crosses and query.shape[1] == key.shape[1] and seen.first is None
     windowed_texts = seen.segments is not None and seen.window is not None and not seen.is_causal
     return is_whole and products.dropout_key is None and not windowed_texts
+
+
+def _is_constant(window: int | Array | None) -> TypeGuard[int]:
+    """Whether a window is known when the program is made: a layer's own, of those that are scanned
+    or computed again, is not."""
+    return isinstance(window, (int, np.integer))
 
 
 KERNELS: Mapping[str, Kernel] = {

@@ -122,6 +122,7 @@ class Attention(nn.Module):
             value,
             Seen(
                 mask=mask,
+                hides_ends=self.compute.right_padded and first is None,
                 is_causal=self.is_causal,
                 window=window,
                 first=first,
@@ -228,7 +229,7 @@ class CrossAttention(nn.Module):
             query,
             key,
             value,
-            Seen(mask=mask, crosses=True),
+            Seen(mask=mask, hides_ends=self.compute.right_padded, crosses=True),
             products,
             kernel=self.compute.attention,
             platform=self.compute.platform,

@@ -79,6 +79,7 @@ class ComputeConfig:
     remat: str = "none"  # a key of REMAT_POLICIES; on CPUs it spares memory of scanned layers alone
     attention: str = "auto"  # one of ATTENTIONS
     platform: str = ""  # "cpu", "gpu" or "tpu": what is compiled for, where it is not this process'
+    right_padded: bool = False  # attention masks hide ends of texts alone, as the loader's do
     logits_bytes: int = 2**28  # of a vocabulary's logits that a device holds at once for a loss
 
     def __post_init__(self):

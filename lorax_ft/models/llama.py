@@ -142,10 +142,14 @@ class LlamaConfig:
         return math.sqrt(self.hidden_size) if self.variant.scales_embeddings else 1.0
 
     @property
-    def windows(self) -> np.ndarray | None:
-        """How many tokens a token sees in each layer, `[layers]`; None where no layer slides."""
-        types = self.layer_types or (SLIDING,) * self.num_hidden_layers
-        if self.sliding_window is None or SLIDING not in types:
+    def window(self) -> int | None:
+        """How many tokens a token sees, where it is as many in all layers; None where all."""
+        return self.sliding_window if set(self.layer_types or (SLIDING,)) == {SLIDING} else None
+
+    def windows(self, keys: int) -> np.ndarray | None:
+        """The same of each layer, `[layers]`; None where `window` says it, or all see all keys."""
+        types = self.layer_types or ()
+        if self.sliding_window is None or self.sliding_window >= keys or len(set(types)) < 2:
             return None
         everything = np.iinfo(np.int32).max
         return np.array(
@@ -304,7 +308,9 @@ class Llama(nn.Module):
         position_ids = positions(input_ids, position_ids, prompt, prefix)
         rotary = rotary_angles(position_ids, config.size_of_head, config.rotary)
         mask = key_mask(attention_mask, prompt + prefix)
-        x, by_layer = embeddings(input_ids, virtual.prompt), (virtual.prefix, config.windows)
+        x = embeddings(input_ids, virtual.prompt)
+        keys = prefix + x.shape[1] if mask is None else mask.shape[-1]  # a cache has more
+        by_layer = virtual.prefix, config.windows(keys)
         check_segments(segment_ids, virtual)
         x = run_layers(LlamaLayer, config, compute, x, by_layer, mask, rotary, segment_ids)
         x = _norm(config, compute, "norm")(x[:, prompt:])
@@ -357,6 +363,7 @@ class LlamaLayer(nn.Module):
         segments: Array | None,
     ) -> tuple[Array, None]:
         x, (past, window) = layer_input(x), own
+        window = self.config.window if window is None else window  # a constant reaches any kernel
         y = self._norm("attention_norm", x)
         y = self._attention()(y, mask, rotary, past, window, segments=segments)
         x = x + self._output_norm("attention_output_norm", y)

@@ -63,7 +63,7 @@ def make_step(config: ExperimentConfig, adapted: Adapted, devices: Sequence[Any]
     kept = place(adapted, tx, mesh)
     return Step(
         function=training.make_train_step(
-            make_outputs(adapted.model, mesh),
+            make_outputs(adapted.model, mesh, right_padded=True),
             training.OBJECTIVES[adapted.model.task],
             tx,
             accumulation=config.train.accumulation,

@@ -114,7 +114,7 @@ class Program:
         fingerprint = source.fingerprint(config)
         halves = members.part(base, config, drops=group.drops, fingerprint=fingerprint)
         self.shared = devices.replicate(halves.shared, self.mesh)
-        apply, objective = make_outputs(base.model), OBJECTIVES[task]
+        apply, objective = make_outputs(base.model, right_padded=True), OBJECTIVES[task]
         self.sizes: tuple[Stack, ...] = (self.shapes,)
         if not self.vectorized and len(own) > 1:
             forward = _forward_flops(source, config)

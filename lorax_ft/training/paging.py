@@ -67,8 +67,8 @@ def page(
 ) -> PagedOptimizer:
     """`optax.chain(clip_by_norm(clip_norm), *each)`, paged: the same numbers and structure.
 
-    They are the same to the bit for the optimizers of `build_optimizer`, on a mesh too; but where
-    blocks of eight-bit states reach over several devices, a code may come out as its neighbour.
+    They are the same to the bit for the optimizers of `build_optimizer`, on a mesh too; but of
+    eight-bit states on a mesh a code may come out as its neighbour.
 
     What optax keeps in trees of the parameters' structure is paged, for matrices of at least
     `smallest` numbers in all layers, by default 100,000; where it lies is `start_optimizer`'s part.

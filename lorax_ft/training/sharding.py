@@ -153,7 +153,8 @@ def shardings(params: PyTree, mesh: Mesh, rules: Sequence[Rule] = RULES) -> PyTr
     The first rule that matches a parameter's path holds. The fields of a leaf lie as the array that
     it stands for, so adapters and quantisation constants follow their kernel; a field that is too
     small to be split evenly is replicated along that axis. Raises ValueError naming a parameter
-    that no rule covers, and one that its rule forbids to be uneven.
+    that no rule covers, one that its rule forbids to be uneven, and a rule that is not of `RULES`
+    and holds for no parameter.
 
     >>> params = {"layers": {"up": {"kernel": jax.numpy.ones((2, 8, 16))}}}
     >>> found = shardings(params, make_mesh(MeshConfig()))["layers"]["up"]["kernel"]
@@ -173,6 +174,7 @@ def shardings(params: PyTree, mesh: Mesh, rules: Sequence[Rule] = RULES) -> PyTr
             is_leaf=lambda x: isinstance(x, PartitionSpec),
         )
 
+    _check_used(rules, list(trees.flatten(params)))
     return trees.map_with_path(place, params)
 
 
@@ -273,7 +275,7 @@ def _only(axis: str, spec: PartitionSpec) -> PartitionSpec:
 
 def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[Rule]) -> PartitionSpec:
     """The spec of one parameter, as long as its shape."""
-    rule = next((rule for rule in rules if trees.matches(path, rule.pattern)), None)
+    rule = _rule_of(path, rules)
     if rule is None:
         raise ValueError(
             f"No sharding rule covers {path} {list(shape)}. Put a Rule(pattern=..., spec=...) for "
@@ -291,3 +293,19 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[Rule]) 
             "does not divide. Choose another mesh, or put a Rule with uneven='replicate' in front."
         )
     return divided
+
+
+def _rule_of(path: str, rules: Sequence[Rule]) -> Rule | None:
+    return next((rule for rule in rules if trees.matches(path, rule.pattern)), None)
+
+
+def _check_used(rules: Sequence[Rule], paths: Sequence[str]) -> None:
+    """Raises ValueError naming a rule that is not of `RULES` and holds for none of the paths."""
+    used = [_rule_of(path, rules) for path in paths]
+    for rule in rules:
+        if rule not in used and rule not in RULES:
+            matched = trees.select(paths, rule.pattern, field="Rule.pattern")
+            raise ValueError(
+                f"{rule} holds for no parameter: other rules before it cover all that it matches, "
+                f"such as {matched[0]}. Put it in front of them."
+            )
