@@ -49,7 +49,9 @@ def main(arguments: list[str]) -> None:
     with concurrent.futures.ProcessPoolExecutor(
         1, mp_context=spawn, initializer=sweeps.one_for_each_core
     ) as pool:
-        expected = table(pool.submit(sweeps.train, config, sweep, folder / "undisturbed").result())
+        expected = table(
+            pool.submit(sweeps.train, config, sweep, folder / "undisturbed").result().rows
+        )
     records = [
         {"way": "undisturbed", "kills": 0, "seconds": time.perf_counter() - start, "runs": 6}
     ]
