@@ -55,43 +55,6 @@ BAD = [
 ]
 
 
-BAD = [
-    ({"lora.rnak": sweeps.choice(1)}, r"lora\.rnak = 1: there is no"),
-    (
-        {"lora.alpha": sweeps.choice(8.0, "wide")},
-        r"space: lora\.alpha = 'wide' cannot be, .*\(str\)",
-    ),
-    ({"lora.dropout": sweeps.uniform(-0.5, 0.5)}, r"space: lora\.dropout = -0\.5 cannot be"),
-    ({"optimizer.b1": sweeps.uniform(0.8, 0.9)}, r"space: optimizer\.b1 is a range, and each"),
-    (
-        {
-            "lora.targets": sweeps.choice(
-                *([name] for name in ("query", "key", "value", "up", "down"))
-            )
-        },
-        r"Search\.trials = 4: the space makes 5 groups \(lora-1, lora-2",
-    ),
-]
-
-
-@pytest.mark.parametrize(("space", "message"), BAD)
-def test_a_space_that_cannot_be_is_named_when_the_sweep_is_made(folder, space, message):  # noqa: F811
-    with pytest.raises(ValueError, match=message):
-        fields(config_of(folder), search(space=space))
-
-
-def test_a_value_may_go_with_some_values_of_another_key_alone(folder):  # noqa: F811
-    space = {
-        "lora": sweeps.choice(None, {"rank": 1, "targets": ["query"]}),
-        "bitfit": sweeps.choice({}),
-        "lora.alpha": sweeps.choice(1.0, 2.0),
-    }
-
-    assert len(fields(config_of(folder), search(space=space))) == 2
-    with pytest.raises(ValueError, match=r"lora\.alpha = 'wide' cannot be"):
-        fields(config_of(folder), search(space=space | {"lora.alpha": sweeps.choice(1.0, "wide")}))
-
-
 @pytest.mark.parametrize(("space", "message"), BAD)
 def test_a_space_that_cannot_be_is_named_when_the_sweep_is_made(folder, space, message):  # noqa: F811
     with pytest.raises(ValueError, match=message):
