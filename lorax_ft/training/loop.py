@@ -188,8 +188,7 @@ def _open_bar(total: int, step: int, config: TrainConfig):
 def _show(bar, meter: Meter) -> None:
     if not bar.disable and meter.last_loss is not None:
         speed = meter.tokens_per_second()
-        said = f", {speed:,.0f} tokens/s" if speed else ""  # too early, right after a record
-        bar.set_postfix_str(f"loss {meter.last_loss:.4f}{said}", refresh=False)
+        bar.set_postfix_str(f"loss {meter.last_loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
     bar.update()
 
 
