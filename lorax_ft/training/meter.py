@@ -29,6 +29,7 @@ class Meter:
         self._tally = Tally(nonfinite=nonfinite)
         self._shares = shares  # of a batch: this process sees one of them
         self.last_loss: float | None = None  # None until a step has been read
+        self._last_speed = 0.0  # of the time before the last `close`
         self._peak_flops = peak_flops  # of all devices together
         self._flops_of: dict[Any, float] = {}  # by the shapes of the batch
         self._unread: collections.deque[tuple[dict[str, jax.Array], Any]] = collections.deque()
@@ -74,6 +75,7 @@ class Meter:
         seconds = self._seconds()
         if self._tokens[1] and seconds > 0:
             real, padded = (self._tokens * self._shares / seconds).tolist()
+            self._last_speed = real
             values |= {"tokens_per_second": real, "padded_tokens_per_second": padded}
             if self._peak_flops and self._flops:
                 values["model_flops_utilisation"] = self._flops / seconds / self._peak_flops
@@ -81,9 +83,12 @@ class Meter:
         return values
 
     def tokens_per_second(self) -> float:
-        """Real tokens a second since the last `close`, of all processes; 0 if it is too early."""
+        """Real tokens a second since the last `close`, of all processes; where it is too early to
+        tell, those before it, or 0."""
         seconds = self._seconds()
-        return float(self._tokens[0]) * self._shares / seconds if seconds > 0 else 0.0
+        if not self._tokens[0] or seconds <= 0:
+            return self._last_speed
+        return float(self._tokens[0]) * self._shares / seconds
 
     def _count_flops(self, step: Any, arguments: tuple[Any, ...]) -> float:
         # Tracing ahead costs nothing: the call that follows finds the trace.
