@@ -1,5 +1,5 @@
-"""The axes of a mesh: their names, which models and the placement of arrays share, and what they
-divide."""
+"""Axes: those of a mesh, which models and the placement of arrays share, and what they divide; and
+that of a sweep's members."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ ROWS = ("data", "fsdp")  # split the rows of a batch; "fsdp" the parameters too
 SEQUENCE = "sequence"  # splits the places of a text
 TENSOR = "tensor"  # splits the arithmetic of a layer, its heads among it
 AXES = (*ROWS, SEQUENCE, TENSOR)  # outermost first
+
+MEMBER = "member"  # of a sweep, those of one device, which `jax.vmap` computes side by side
 
 
 def even(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:

@@ -12,15 +12,17 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lorax_ft import planning
+from lorax_ft.axes import MEMBER
 from lorax_ft.models import LlamaConfig, attending, build
 from lorax_ft.models.attending import KERNELS, Kernel, Products, Seen, attend
-from lorax_ft.models.layers import ATTENTIONS
+from lorax_ft.models.layers import ATTENTIONS, REMAT_POLICIES
+from lorax_ft.sweeps.devices import mesh_of, spread
 from lorax_ft.training import MeshConfig, make_mesh
 from lorax_ft.training.flops import count_flops
 from tests.compilers import needs_gpu_compiler, needs_tpu_compiler
 
 BATCH, LENGTH = 2, 130  # a length that is no multiple of a TPU's lanes
-INTERPRETED = functools.partial(attending.splash, interpret=True)
+INTERPRETED = functools.partial(attending.splash.attend, interpret=True)
 
 
 def arrays(length: int = LENGTH, batch: int = BATCH, keys: int | None = None, head_dim: int = 16):
@@ -68,7 +70,7 @@ def test_splash_attention_and_its_gradients_are_those_of_plain_products(case):
         return jnp.sum(y * weights), y * real_places(seen)
 
     grad = functools.partial(jax.grad, argnums=(1, 2, 3), has_aux=True)
-    wanted, y = jax.jit(grad(loss), static_argnums=0)(attending.plain, query, key, value)
+    wanted, y = jax.jit(grad(loss), static_argnums=0)(attending.plain.attend, query, key, value)
     found, y_found = jax.jit(grad(loss), static_argnums=0)(INTERPRETED, query, key, value)
 
     np.testing.assert_allclose(y_found, y, atol=2e-5)
@@ -100,6 +102,16 @@ def test_on_a_mesh_each_device_computes_its_rows_heads_and_queries(sizes, gather
     np.testing.assert_allclose(compute(*there), attend(*given, Seen(is_causal=True)), atol=2e-5)
     text = compute.lower(*there).compile().as_text()
     assert len(re.findall(r" all-gather(?:-start)?\(", text)) <= gathered
+
+
+def test_on_a_sweeps_devices_each_computes_its_members(monkeypatch):
+    monkeypatch.setitem(KERNELS, "splash", Kernel(INTERPRETED))
+    given = [jnp.stack([x, -x]) for x in arrays()]
+    one = functools.partial(attend, seen=Seen(is_causal=True))
+    members = jax.vmap(functools.partial(one, kernel="splash"), axis_name=MEMBER)
+    computed = spread(lambda q, k, v: members(q, k, v), mesh_of(2), common=())
+
+    np.testing.assert_allclose(computed(*given), jax.vmap(one)(*given), atol=2e-5)
 
 
 def chosen(monkeypatch, *arrays, **options) -> str:
@@ -156,6 +168,48 @@ def test_as_much_arithmetic_is_counted_whatever_computes_attention(monkeypatch, 
     assert counted(loss, "xla") == counted(loss, kernel) == 2 * product
     gradient = jax.grad(loss, argnums=(1, 2, 3))
     assert counted(gradient, "xla") == counted(gradient, kernel) - sums == 6 * product
+
+
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+def test_the_backward_pass_computes_no_kernel_again_whose_products_are_kept(monkeypatch, kernel):
+    cudnn = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+    monkeypatch.setattr(cudnn, lambda: 91000)
+    given = [x.astype(jnp.bfloat16) for x in arrays(256)]
+
+    def calls(remat):
+        def layer(*arrays):
+            return jnp.sum(KERNELS[kernel].attend(*arrays, Seen(is_causal=True), Products()) ** 2)
+
+        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat])
+        jaxpr = jax.jit(jax.value_and_grad(layer, argnums=(0, 1, 2))).trace(*given).jaxpr
+        return count_flops(jaxpr) / (2 * given[0].size * given[1].shape[1])
+
+    assert round(calls("full"), 1) == 8  # two products forward, again, and four backward
+    assert round(calls("products"), 1) == 6
+
+
+@pytest.mark.parametrize(
+    ("seen", "products", "kernel"),
+    [
+        (Seen(is_causal=True), Products(), "cudnn"),
+        (Seen(is_causal=True, window=33), Products(), "xla"),
+        (Seen(segments=jnp.ones((BATCH, 256), jnp.int32)), Products(), "xla"),
+        (Seen(mask=jnp.ones((BATCH, 1, 1, 256), bool)), Products(), "xla"),
+        (Seen(mask=jnp.ones((BATCH, 1, 1, 256), bool), hides_ends=True), Products(), "cudnn"),
+        (Seen(), Products(bias=jnp.zeros((1, 4, 256, 256))), "xla"),
+    ],
+)
+@pytest.mark.parametrize("asked", ["auto", "cudnn"])
+def test_cudnn_has_no_mask_for_members_of_a_sweep(monkeypatch, asked, seen, products, kernel):
+    given = [jnp.stack([x, x]).astype(jnp.bfloat16) for x in arrays(256)]
+    taken = []
+
+    def member(*arrays):
+        what = {"seen": seen, "products": products, "kernel": asked, "platform": "gpu"}
+        taken.append(chosen(monkeypatch, *arrays, **what))
+
+    jax.vmap(member, axis_name=MEMBER)(*given)
+    assert taken == [kernel]
 
 
 def test_float32_is_nothing_for_cudnn(monkeypatch):
@@ -246,8 +300,8 @@ def test_cudnn_is_told_of_padding_by_lengths_and_attention_is_the_same(case, mon
 
         return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays)
 
-    wanted, y = compute(attending.plain, False, *arrays(keys=keys))
-    found, y_found = compute(attending.cudnn, True, *arrays(keys=keys))
+    wanted, y = compute(attending.plain.attend, False, *arrays(keys=keys))
+    found, y_found = compute(attending.cudnn.attend, True, *arrays(keys=keys))
 
     assert asked == [("cudnn", None)]
     np.testing.assert_allclose(jnp.where(real, y_found - y, 0), 0, atol=2e-6)
@@ -373,9 +427,28 @@ def test_a_gpus_compiler_is_given_no_matrix_where_texts_are_padded(members):
             return jnp.sum(y.astype(jnp.float32) ** 2)
 
         one = jax.grad(loss, argnums=(0, 1, 2))
-        return (one if members is None else jax.vmap(one))(*arrays)
+        return (one if members is None else jax.vmap(one, axis_name=MEMBER))(*arrays)
 
     text = jax.jit(gradient).lower(mask, *given).compile().as_text()
 
     assert text.count("__cudnn$fmhaSoftmax") >= 2  # forward and backward
     assert "1024,1024" not in text
+
+
+@needs_gpu_compiler
+def test_a_gpus_compiler_takes_members_of_a_sweep_whose_rows_have_many_texts():
+    card = planning.compiler(planning.parse_target("h100")).devices[0]
+    lies = jax.sharding.SingleDeviceSharding(card)
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16, sharding=lies)
+    given = [shape((2, 4, 256, heads, 64)) for heads in (8, 4, 4)]
+    segments = jax.ShapeDtypeStruct((2, 4, 256), jnp.int32, sharding=lies)
+
+    @functools.partial(jax.vmap, axis_name=MEMBER)
+    def gradient(segments, *arrays):
+        def loss(*arrays):
+            seen = Seen(segments=segments, is_causal=True)
+            return jnp.sum(attend(*arrays, seen, kernel="auto", platform="gpu") ** 2)
+
+        return jax.grad(loss, argnums=(0, 1, 2))(*arrays)
+
+    jax.jit(gradient).lower(segments, *given).compile()

@@ -9,7 +9,7 @@ import pytest
 
 from lorax_ft import models, trees
 from lorax_ft.inspection import inspect
-from lorax_ft.models.attending import Products, Seen, attend, cudnn
+from lorax_ft.models.attending import KERNELS, Products, Seen, attend
 from lorax_ft.models.layers import activate, gelu
 from lorax_ft.products import einsum_float32, product
 
@@ -209,7 +209,9 @@ def test_the_fused_kernel_is_asked_for_with_a_whole_mask(monkeypatch):
         jax.nn, "dot_product_attention", lambda *args, **kwargs: asked.update(kwargs)
     )
 
-    cudnn(*qkv(), Seen(mask=jnp.ones((2, 1, 1, 5), bool), is_causal=True), Products())
+    KERNELS["cudnn"].attend(
+        *qkv(), Seen(mask=jnp.ones((2, 1, 1, 5), bool), is_causal=True), Products()
+    )
 
     assert asked["mask"].shape == (2, 1, 5, 5)
     assert (asked["implementation"], asked["is_causal"]) == ("cudnn", True)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 from common import GIB, since_begun, step_flops, timed, write_row
+from profiled import profile
 from stacked import LENGTH, LLAMA_1B, RANK, Sweep, make
 from weights import peak_bytes, random_params
 
@@ -45,6 +46,7 @@ _ROWS = flags.DEFINE_integer("rows", 8, "of a member's batch")
 _LENGTH = flags.DEFINE_integer("length", LENGTH, "tokens of a row")
 _REMAT = flags.DEFINE_string("remat", "none", "as ComputeConfig.remat")
 _STEPS = flags.DEFINE_integer("steps", 5, f"how often {BETWEEN} steps are timed")
+_PROFILE = flags.DEFINE_bool("profile", False, "beside the table, where a step's time goes")
 _OUTPUT = flags.DEFINE_string("output", None, "the table", required=True)
 
 
@@ -71,6 +73,8 @@ def measure(sweep: Sweep, one: Any, shared: Any, slots: int) -> dict[str, Any]:
     some()
     build, peak, memory = time.perf_counter() - start, peak_bytes(), step_memory(compiled)
     times, losses = timed(some, _STEPS.value, warm_up=1)
+    if _PROFILE.value:
+        profile(some, BETWEEN, f"{_OUTPUT.value}.members.{slots}.profile.csv")
     seconds = statistics.median(times) / BETWEEN
     fields = {name: getattr(sweep.model.config, name) for name in vars(LLAMA_1B)}
     needed = slots * step_flops(fields, sweep.rows, sweep.length, RANK)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from common import GIB, MODELS, read_config, since_begun, step_flops, timed, write_row
+from profiled import profile
 from settings import experiment
 from weights import peak_bytes, random_params
 
@@ -37,6 +38,7 @@ _VARIANTS = flags.DEFINE_list("variants", ["products"], "values of remat, some w
 _ROWS = flags.DEFINE_integer("rows", 4, "of a batch")
 _LENGTH = flags.DEFINE_integer("length", 2048, "tokens of a row")
 _STEPS = flags.DEFINE_integer("steps", 6, "timed steps of each variant")
+_PROFILE = flags.DEFINE_bool("profile", False, "beside the table, where a step's time goes")
 _OUTPUT = flags.DEFINE_string("output", None, "the table", required=True)
 
 
@@ -102,6 +104,8 @@ def measure(variant: str, state: list[Any], frozen: Any, tx: Any) -> dict[str, A
     once()
     build, memory, peak = time.perf_counter() - start, step_memory(compiled), peak_bytes()
     times, losses = timed(once, _STEPS.value)
+    if _PROFILE.value:
+        profile(once, 1, f"{_OUTPUT.value}.{_METHOD.value}.{variant}.profile.csv")
     needed = step_flops(read_config(_MODEL.value), _ROWS.value, _LENGTH.value)
     seconds, most = statistics.median(times), peak_flops(jax.local_devices()[0])
     return {

@@ -12,9 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
-from lorax_ft.leaves import PRODUCT
 from lorax_ft.models.attending import Products, Seen, attend
 from lorax_ft.models.layers import (
     Array,
@@ -139,7 +137,7 @@ class Attention(nn.Module):
             platform=self.compute.platform,
         )
         use_bias = self.use_bias if self.use_output_bias is None else self.use_output_bias
-        y = checkpoint_name(y.reshape(*y.shape[:-2], -1), PRODUCT)
+        y = y.reshape(*y.shape[:-2], -1)
         return self._dense(x.shape[-1], use_bias, "output")(y)
 
     def _project(self, x: Array) -> tuple[Array, Array, Array]:
@@ -235,7 +233,7 @@ class CrossAttention(nn.Module):
             platform=self.compute.platform,
         )
         dense = Dense(x.shape[-1], self.compute, False, self.stddev, name="output")
-        return dense(checkpoint_name(y.reshape(*y.shape[:-2], -1), PRODUCT))
+        return dense(y.reshape(*y.shape[:-2], -1))
 
     def _heads(self, name: str, x: Array) -> Array:
         """Queries, keys or values: `[batch, length, heads, head_dim]`."""

@@ -43,7 +43,15 @@ def _of_products(policy: Callable[..., Any]) -> Callable[..., Any]:
     return of_products
 
 
+def _products(primitive: Any, *shapes: Any, **parameters: Any) -> Any:
+    """What is called `PRODUCT`, and what cuDNN's attention gives, which nobody can give a name: its
+    output and the sums of its softmax."""
+    of_cudnn = primitive.name.startswith("dot_product_attention_fwd")
+    return of_cudnn or _named_products(primitive, *shapes, **parameters)
+
+
 _policies = jax.checkpoint_policies
+_named_products = _policies.save_only_these_names(PRODUCT)
 
 # What the backward pass may keep of a layer instead of computing it again; None keeps everything.
 # With "full" that is the layer's input alone; "offload" keeps it in the host's memory, and
@@ -62,7 +70,7 @@ REMAT_POLICIES: Mapping[str, Callable[..., Any] | None] = {
         offload_dst="pinned_host",
     ),
     "offload_dots": _of_products(_policies.offload_dot_with_no_batch_dims("device", "pinned_host")),
-    "products": _policies.save_only_these_names(PRODUCT),
+    "products": _products,
 }
 
 # How attention is computed: see `attending.KERNELS`; "auto" chooses for the platform.

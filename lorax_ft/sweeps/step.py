@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from lorax_ft import trees
+from lorax_ft.axes import MEMBER
 from lorax_ft.sweeps.devices import spread
 from lorax_ft.sweeps.members import Stack, pad, unpad
 from lorax_ft.training import step as single
@@ -129,5 +130,5 @@ def _each(function: Callable[[PyTree, PyTree], PyTree], vectorized: bool) -> Cal
     faster, since what a member works on stays in its caches.
     """
     if vectorized:
-        return jax.vmap(function, in_axes=(None, 0))
+        return jax.vmap(function, in_axes=(None, 0), axis_name=MEMBER)
     return lambda shared, members: jax.lax.map(lambda member: function(shared, member), members)
