@@ -11,7 +11,9 @@ values. A time is of a forward and a backward pass. With members, it is of as ma
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
+import re
 import statistics
 import time
 from typing import Any
@@ -21,12 +23,13 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from lorax_ft.axes import MEMBER
-from lorax_ft.models.attending import Products, Seen, attend
+from lorax_ft.models.attending import OF_PLATFORM, Products, Seen, attend
 
 FIELDS = (
     "device",
     "case",
     "members",
+    "rows",
     "length",
     "way",
     "milliseconds",
@@ -35,11 +38,14 @@ FIELDS = (
     "note",
 )
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # as LLaMA-3-8B's
-MEMBERS = (1, 2)
 
 _OUTPUT = flags.DEFINE_string("output", "attention.csv", "the table")
-_LENGTH = flags.DEFINE_integer("length", 2048, "tokens of a row")
-_ROWS = flags.DEFINE_integer("rows", 4, "of a batch")
+_SHAPES = flags.DEFINE_list(
+    "shapes",
+    ["1x4x2048", "2x2x2048", "1x16x512", "1x32x256", "1x64x128", "8x8x128"],
+    "members, rows of each and tokens of a row",
+)
+_CASES = flags.DEFINE_list("cases", [], "names of cases; all where empty")
 _TINY = flags.DEFINE_bool("tiny", False, "small shapes")
 _LIMIT = flags.DEFINE_float("limit", 120.0, "seconds in all")
 
@@ -66,8 +72,8 @@ def cases(rows: int, length: int) -> dict[str, tuple[Seen, Products, int]]:
     }
 
 
-def measure(case: str, members: int, seen: Seen, products: Products, before: int) -> list[dict]:
-    rows, length = sizes()
+def measure(shape: list[int], seen: Seen, products: Products, before: int) -> list[dict]:
+    members, rows, length = shape
     shapes = ((length, HEADS), (length + before, KV_HEADS), (length + before, KV_HEADS))
     keys = jax.random.split(jax.random.key(0), 4)
     lead = (members, rows) if members > 1 else (rows,)
@@ -79,9 +85,15 @@ def measure(case: str, members: int, seen: Seen, products: Products, before: int
     if seen.mask is not None:  # what is behind a text differs, and nothing reads it
         weights = weights * seen.mask[:, 0, 0, before:, None, None]
 
-    def one(kernel: str, *arrays: jax.Array) -> Any:
+    texts = (seen.mask, seen.segments, products.bias, weights)  # of all members
+
+    def one(kernel: str, texts: Any, *arrays: jax.Array) -> Any:
+        mask, segments, bias, weights = texts
+        what = dataclasses.replace(seen, mask=mask, segments=segments)
+        of_products = dataclasses.replace(products, bias=bias)
+
         def loss(*arrays: jax.Array) -> Any:
-            y = attend(*arrays, seen, products, kernel=kernel) * weights
+            y = attend(*arrays, what, of_products, kernel=kernel) * weights
             return jnp.sum(y, dtype=jnp.float32), y
 
         return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays)
@@ -89,14 +101,15 @@ def measure(case: str, members: int, seen: Seen, products: Products, before: int
     def compiled(kernel: str, arrays: list[jax.Array]) -> Any:
         function = functools.partial(one, kernel)
         if members > 1:
-            function = jax.vmap(function, axis_name=MEMBER)
-        return jax.jit(function).lower(*arrays).compile()
+            axes = (None, *(0 for _ in arrays))
+            function = jax.vmap(function, in_axes=axes, axis_name=MEMBER)
+        return functools.partial(jax.jit(function).lower(texts, *arrays).compile(), texts)
 
     widened = [x.astype(jnp.float32) for x in given]
     with jax.default_matmul_precision("highest"):  # a GPU rounds to TF32 otherwise
         exact_gradients, exact = compiled("xla", widened)(*widened)
     found = []
-    for way in ("xla", "auto"):
+    for way in ("xla", OF_PLATFORM.get(jax.default_backend(), "auto")):
         try:
             program = compiled(way, given)
             gradients, y = jax.block_until_ready(program(*given))
@@ -110,7 +123,7 @@ def measure(case: str, members: int, seen: Seen, products: Products, before: int
             jax.block_until_ready(program(*given))
             times.append(time.perf_counter() - start)
         errors = [relative(a, b) for a, b in zip(gradients, exact_gradients)]
-        fused = "cudnn" in program.as_text() or "tpu_custom_call" in program.as_text()
+        fused = re.search("cudnn|tpu_custom_call", program.func.as_text())
         found.append(
             {
                 "way": way,
@@ -128,30 +141,32 @@ def relative(found: jax.Array, wanted: jax.Array) -> float:
     return float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
 
 
-def sizes() -> tuple[int, int]:
-    return (2, 256) if _TINY.value else (_ROWS.value, _LENGTH.value)
-
-
 def main(argv: list[str]) -> None:
     begun = time.perf_counter()
+    shapes = ["1x2x256", "2x2x256"] if _TINY.value else _SHAPES.value
     with open(_OUTPUT.value, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=FIELDS, lineterminator="\n")
         writer.writeheader()
-        for members in MEMBERS:
-            for case, what in cases(*sizes()).items():
-                if time.perf_counter() - begun > _LIMIT.value:
-                    print(f"left out, the time is up: {case}, {members} members", flush=True)
+        for shape in shapes:
+            members, rows, length = map(int, shape.split("x"))
+            for case, what in cases(rows, length).items():
+                if _CASES.value and case not in _CASES.value:
                     continue
-                for row in measure(case, members, *what):
-                    row |= {
+                if time.perf_counter() - begun > _LIMIT.value:
+                    print(f"left out, the time is up: {case}, {shape}", flush=True)
+                    continue
+                for row in measure([members, rows, length], *what):
+                    row = {
                         "device": jax.local_devices()[0].device_kind,
                         "case": case,
                         "members": members,
-                        "length": sizes()[1],
+                        "rows": rows,
+                        "length": length,
+                        **row,
                     }
                     writer.writerow(row)
                     file.flush()
-                    print(*row.values(), flush=True)
+                    print(*row.values(), sep=", ", flush=True)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ _MEMBERS = flags.DEFINE_list("members", ["1", "2", "4", "8", "16", "32"], "how m
 _ROWS = flags.DEFINE_integer("rows", 8, "of a member's batch")
 _LENGTH = flags.DEFINE_integer("length", LENGTH, "tokens of a row")
 _REMAT = flags.DEFINE_string("remat", "none", "as ComputeConfig.remat")
+_ATTENTION = flags.DEFINE_string("attention", "auto", "as ComputeConfig.attention")
+_SCAN = flags.DEFINE_bool("scan_layers", True, "as ComputeConfig.scan_layers")
 _STEPS = flags.DEFINE_integer("steps", 5, f"how often {BETWEEN} steps are timed")
 _PROFILE = flags.DEFINE_bool("profile", False, "beside the table, where a step's time goes")
 _OUTPUT = flags.DEFINE_string("output", None, "the table", required=True)
@@ -84,7 +86,7 @@ def measure(sweep: Sweep, one: Any, shared: Any, slots: int) -> dict[str, Any]:
         "part": "members",
         "by": "lorax_ft",
         "model": _MODEL.value,
-        "variant": _REMAT.value,
+        "variant": variant(),
         "members": slots,
         "rows": sweep.rows,
         "length": sweep.length,
@@ -102,8 +104,14 @@ def measure(sweep: Sweep, one: Any, shared: Any, slots: int) -> dict[str, Any]:
     }
 
 
+def variant() -> str:
+    how = [_REMAT.value, "" if _ATTENTION.value == "auto" else _ATTENTION.value]
+    return "+".join(filter(None, [*how, "" if _SCAN.value else "unrolled"]))
+
+
 def main(argv: list[str]) -> None:
-    sweep = make(MODELS[_MODEL.value], _ROWS.value, _LENGTH.value, _REMAT.value)
+    how = {"remat": _REMAT.value, "attention": _ATTENTION.value, "scan_layers": _SCAN.value}
+    sweep = make(MODELS[_MODEL.value], _ROWS.value, _LENGTH.value, **how)
     params = random_params(sweep.model.shapes(), jax.random.key(0))
     one, shared = sweep.part(params, sweep.uses())
     jax.block_until_ready((one, shared))

@@ -3,7 +3,8 @@
     python experiments/accelerator/ours.py --method=qlora --variants=full,products --output=x.csv
 
 A variant is what `remat` names; with "+mask" the batch has an attention mask, as the loader makes
-it, and without one it is of whole rows that need none. They are timed in their order, and should go
+it, and without one it is of whole rows that need none; all of a process have their layers unrolled
+where --scan_layers=False. They are timed in their order, and should go
 from less memory to more: the allocator tells its highest mark alone.
 """
 
@@ -37,9 +38,15 @@ _MODEL = flags.DEFINE_enum("model", "llama-3-8b", list(MODELS), "shapes")
 _VARIANTS = flags.DEFINE_list("variants", ["products"], "values of remat, some with +mask")
 _ROWS = flags.DEFINE_integer("rows", 4, "of a batch")
 _LENGTH = flags.DEFINE_integer("length", 2048, "tokens of a row")
+_SCAN = flags.DEFINE_bool("scan_layers", True, "as ComputeConfig.scan_layers")
 _STEPS = flags.DEFINE_integer("steps", 6, "timed steps of each variant")
 _PROFILE = flags.DEFINE_bool("profile", False, "beside the table, where a step's time goes")
 _OUTPUT = flags.DEFINE_string("output", None, "the table", required=True)
+
+
+def experiment_of(remat: str) -> ExperimentConfig:
+    shapes = _METHOD.value, _MODEL.value, remat, _ROWS.value, _LENGTH.value
+    return experiment(*shapes, scan_layers=_SCAN.value)
 
 
 def describe(config: ExperimentConfig) -> Any:
@@ -72,6 +79,7 @@ def make_batch(rows: int, length: int, vocabulary: int, masked: bool) -> dict[st
 
 def named(variant: str) -> dict[str, Any]:
     """What a row says of its case."""
+    variant = variant if _SCAN.value else f"{variant}+unrolled"
     return {
         "part": _METHOD.value,
         "by": "lorax_ft",
@@ -86,7 +94,7 @@ def named(variant: str) -> dict[str, Any]:
 def measure(variant: str, state: list[Any], frozen: Any, tx: Any) -> dict[str, Any]:
     """A row; `state` is [train, opt_state], which steps take over and put back."""
     remat, _, mask = variant.partition("+")
-    config = experiment(_METHOD.value, _MODEL.value, remat, _ROWS.value, _LENGTH.value)
+    config = experiment_of(remat)
     step = training.make_train_step(
         make_outputs(describe(config), right_padded=True), training.OBJECTIVES["causal_lm"], tx
     )
@@ -125,7 +133,7 @@ def measure(variant: str, state: list[Any], frozen: Any, tx: Any) -> dict[str, A
 
 
 def main(argv: list[str]) -> None:
-    config = experiment(_METHOD.value, _MODEL.value, "none", _ROWS.value, _LENGTH.value)
+    config = experiment_of("none")
     train, frozen, tx = prepare(config)
     state = [train, training.start_optimizer(tx, train)]
     del train

@@ -9,9 +9,11 @@ from common import LEARNING_RATE, MODELS, RANK
 from lorax_ft.config import ExperimentConfig, parse
 
 
-def experiment(method: str, model: str, remat: str, rows: int, length: int) -> ExperimentConfig:
-    """The config of a run of these shapes."""
-    half = {"dtype": "bfloat16", "param_dtype": "bfloat16", "remat": remat}
+def experiment(
+    method: str, model: str, remat: str, rows: int, length: int, **compute: Any
+) -> ExperimentConfig:
+    """The config of a run of these shapes, with further fields of `model.compute`."""
+    half = {"dtype": "bfloat16", "param_dtype": "bfloat16", "remat": remat, **compute}
     sections: dict[str, Any] = {"lora": {"rank": RANK, "targets": "all-linear"}}
     if method == "qlora":
         sections["quantization"] = {"kind": "nf4"}

@@ -42,7 +42,8 @@ class Sweep:
     @property
     def step(self) -> Any:
         """Jitted, as `sweeps.step.make_train_step` has it."""
-        return make_train_step(make_outputs(self.model), OBJECTIVES["causal_lm"], self.tx)
+        outputs = make_outputs(self.model, right_padded=True)
+        return make_train_step(outputs, OBJECTIVES["causal_lm"], self.tx)
 
     def part(self, params: PyTree, uses: Any) -> tuple[Stack, PyTree]:
         """What one member has for itself, and what all share, of the base's parameters; also of
@@ -70,10 +71,10 @@ class Sweep:
         return inspection.inspect(self.model.apply, self.model.shapes(), ids)
 
 
-def make(config: LlamaConfig, rows: int, length: int = LENGTH, remat: str = "products") -> Sweep:
-    """The sweep of a model, with so many rows in a member's batch."""
+def make(config: LlamaConfig, rows: int, length: int = LENGTH, **compute: Any) -> Sweep:
+    """The sweep of a model, with so many rows in a member's batch, and fields of `compute`."""
     half = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
-    model = build(config, task="causal_lm", remat=remat, **half)
+    model = build(config, task="causal_lm", **{"remat": "products", **half, **compute})
     sections = {"model": {"path": "none"}, **NO_DATA, "lora": {"rank": RANK}}
     parsed = parse(sections, ExperimentConfig)
     tx = make_optimizer(parsed, 1000)
