@@ -62,9 +62,9 @@ def cases(rows: int, length: int) -> dict[str, tuple[Seen, Products, int]]:
     return {
         "causal": (causal(), Products(), 0),
         "both ways": (Seen(), Products(), 0),
-        "causal, padded": (causal(mask=mask, hides_ends=True), Products(), 0),
-        "both ways, padded": (Seen(mask=mask, hides_ends=True), Products(), 0),
-        "padded, by a mask": (causal(mask=mask), Products(), 0),
+        "causal padded": (causal(mask=mask, hides_ends=True), Products(), 0),
+        "both ways padded": (Seen(mask=mask, hides_ends=True), Products(), 0),
+        "padded by a mask": (causal(mask=mask), Products(), 0),
         "many texts": (causal(segments=segments), Products(), 0),
         "window": (causal(window=length // 4), Products(), 0),
         "behind a prefix": (Seen(mask=behind, hides_ends=True), Products(), 32),
