@@ -119,7 +119,7 @@ def chosen(monkeypatch, *arrays, **options) -> str:
     taken = []
     for name, one in KERNELS.items():
         take = lambda query, *_, name=name: (taken.append(name), query)[1]
-        monkeypatch.setitem(KERNELS, name, Kernel(take, one.lacks, one.serves))
+        monkeypatch.setitem(KERNELS, name, dataclasses.replace(one, attend=take))
     attend(*arrays, **options)
     return taken[0]
 
@@ -130,7 +130,8 @@ def chosen(monkeypatch, *arrays, **options) -> str:
         ("cpu", 256, {}, "xla"),
         ("tpu", 256, {}, "splash"),
         ("tpu", 128, {}, "xla"),  # too short to be worth it
-        ("gpu", 256, {}, "cudnn"),
+        ("gpu", 128, {}, "cudnn"),
+        ("gpu", 96, {}, "xla"),
         ("gpu", 256, {"products": Products(softcap=1.0)}, "xla"),
         ("tpu", 256, {"products": Products(softcap=1.0)}, "splash"),
         ("tpu", 256, {"seen": Seen(first=3)}, "xla"),  # a cache
@@ -357,7 +358,7 @@ def test_windows_reach_splash_attention_where_layers_are_scanned_and_computed_ag
     taken = set()
     for name, one in KERNELS.items():
         take = lambda query, *_, name=name: (taken.add(name), query)[1]
-        monkeypatch.setitem(KERNELS, name, Kernel(take, one.lacks, one.serves))
+        monkeypatch.setitem(KERNELS, name, dataclasses.replace(one, attend=take))
 
     how = {"scan_layers": scan_layers, "remat": remat, "platform": "tpu"}
     gradient, model = windowed(window, types, **how)

@@ -42,7 +42,7 @@ HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # as LLaMA-3-8B's
 _OUTPUT = flags.DEFINE_string("output", "attention.csv", "the table")
 _SHAPES = flags.DEFINE_list(
     "shapes",
-    ["1x4x2048", "2x2x2048", "1x16x512", "1x32x256", "1x64x128", "8x8x128"],
+    ["1x4x2048", "2x2x2048", "1x32x256", "1x8x128", "1x64x128", "8x8x128", "1x64x64"],
     "members, rows of each and tokens of a row",
 )
 _CASES = flags.DEFINE_list("cases", [], "names of cases; all where empty")
@@ -85,6 +85,7 @@ def measure(shape: list[int], seen: Seen, products: Products, before: int) -> li
     if seen.mask is not None:  # what is behind a text differs, and nothing reads it
         weights = weights * seen.mask[:, 0, 0, before:, None, None]
 
+    is_gpu = jax.default_backend() == "gpu"
     texts = (seen.mask, seen.segments, products.bias, weights)  # of all members
 
     def one(kernel: str, texts: Any, *arrays: jax.Array) -> Any:
@@ -103,7 +104,10 @@ def measure(shape: list[int], seen: Seen, products: Products, before: int) -> li
         if members > 1:
             axes = (None, *(0 for _ in arrays))
             function = jax.vmap(function, in_axes=axes, axis_name=MEMBER)
-        return functools.partial(jax.jit(function).lower(texts, *arrays).compile(), texts)
+        # what is only compared with is not tuned, which takes seconds
+        options = {"xla_gpu_autotune_level": 0} if arrays is widened and is_gpu else None
+        lowered = jax.jit(function).lower(texts, *arrays)
+        return functools.partial(lowered.compile(options), texts)
 
     widened = [x.astype(jnp.float32) for x in given]
     with jax.default_matmul_precision("highest"):  # a GPU rounds to TF32 otherwise

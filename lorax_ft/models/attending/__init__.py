@@ -17,8 +17,6 @@ from lorax_ft.models.attending import cudnn, plain, splash
 from lorax_ft.models.attending.kernel import Kernel, Products, Seen, is_constant
 from lorax_ft.models.layers import Array
 
-SHORTEST = 256  # keys from which on a kernel that keeps no weights is chosen by itself
-
 KERNELS: Mapping[str, Kernel] = {
     "xla": plain.KERNEL,
     "cudnn": cudnn.KERNEL,
@@ -51,7 +49,7 @@ def attend(
         kernel = OF_PLATFORM.get(platform or jax.default_backend(), "xla")
         one = KERNELS[kernel]
         usable = not one.lacks(query, seen, products) and one.serves(query, key, seen, products)
-        kernel = kernel if usable and key.shape[1] >= SHORTEST else "xla"
+        kernel = kernel if usable and key.shape[1] >= one.shortest else "xla"
     elif reason := KERNELS[kernel].lacks(query, seen, products):
         raise ValueError(f"ComputeConfig.attention {kernel!r} knows no {reason}: say 'xla'.")
     elif not KERNELS[kernel].serves(query, key, seen, products):
@@ -59,4 +57,4 @@ def attend(
     return KERNELS[kernel].attend(query, key, value, seen, products)
 
 
-__all__ = ["KERNELS", "OF_PLATFORM", "SHORTEST", "Kernel", "Products", "Seen", "attend"]
+__all__ = ["KERNELS", "OF_PLATFORM", "Kernel", "Products", "Seen", "attend"]

@@ -137,4 +137,4 @@ def _serves(query: Array, key: Array, seen: Seen, products: Products) -> bool:
     return has_it and not is_odd and not is_mapped
 
 
-KERNEL = Kernel(attend, _lacks, _serves)
+KERNEL = Kernel(attend, _lacks, _serves, shortest=128)

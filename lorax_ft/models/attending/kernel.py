@@ -48,6 +48,7 @@ class Kernel:
     attend: Callable[[Array, Array, Array, Seen, Products], Array]
     lacks: Callable[[Array, Seen, Products], str | None] = lambda *_: None
     serves: Callable[[Array, Array, Seen, Products], bool] = lambda *_: True
+    shortest: int = 0  # keys from which on it is chosen by itself
 
 
 def is_constant(window: int | Array | None) -> TypeGuard[int]:
