@@ -132,6 +132,8 @@ def chosen(monkeypatch, *arrays, **options) -> str:
         ("tpu", 128, {}, "xla"),  # too short to be worth it
         ("gpu", 128, {}, "cudnn"),
         ("gpu", 96, {}, "xla"),
+        ("gpu", 128, {"seen": Seen(is_causal=True, window=33)}, "xla"),
+        ("gpu", 256, {"seen": Seen(is_causal=True, window=33)}, "cudnn"),
         ("gpu", 256, {"products": Products(softcap=1.0)}, "xla"),
         ("tpu", 256, {"products": Products(softcap=1.0)}, "splash"),
         ("tpu", 256, {"seen": Seen(first=3)}, "xla"),  # a cache

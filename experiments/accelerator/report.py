@@ -63,17 +63,21 @@ def plans(rows: list[Row]) -> list[dict[str, str]]:
 
 def members(rows: list[Row]) -> list[dict[str, str]]:
     """What a member of a sweep costs, by how many there are."""
-    found = sorted((r for r in rows if r["part"] == "members" and r["step_s"]), key=_count)
+    found = sorted(
+        (r for r in rows if r["part"] == "members" and r["step_s"]),
+        key=lambda r: (r["variant"], _count(r)),
+    )
     if not found:
         return []
-    single = [float(r["step_s"]) for r in found if _count(r) == 1]
+    single = {r["variant"]: float(r["step_s"]) for r in found if _count(r) == 1}
     return [
         {
             "members": r["members"],
+            "variant": r["variant"],
             "step, ms": f"{1e3 * float(r['step_s']):.1f}",
             "each, ms": f"{1e3 * float(r['step_s']) / _count(r):.2f}",
-            "of a single step": f"{float(r['step_s']) / _count(r) / single[0]:.2f}"
-            if single
+            "of a single step": f"{float(r['step_s']) / _count(r) / single[r['variant']]:.2f}"
+            if r["variant"] in single
             else "",
             "tokens a s": r["tokens_per_s"],
             "MFU": r["mfu"],
@@ -88,12 +92,16 @@ def plot(rows: list[Row], path: pathlib.Path) -> None:
     from matplotlib.figure import Figure
 
     found = sorted((r for r in rows if r["part"] == "members" and r["step_s"]), key=_count)
-    counts = [_count(r) for r in found]
-    speeds = [float(r["tokens_per_s"]) for r in found]
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
-    axes.loglog(counts, speeds, "o-", base=2, label="one program")
-    axes.axhline(speeds[0], linestyle=":", color="grey", label="one run after another")
+    for variant in dict.fromkeys(r["variant"] for r in found):
+        own = [r for r in found if r["variant"] == variant]
+        speeds = [float(r["tokens_per_s"]) for r in own]
+        label = f"one program, {variant}"
+        (line,) = axes.loglog([_count(r) for r in own], speeds, "o-", base=2, label=label)
+        label = "one run after another"
+        axes.axhline(speeds[0], linestyle=":", color=line.get_color(), label=label)
+    counts = sorted({_count(r) for r in found})
     axes.set_xlabel("members")
     axes.set_ylabel("tokens a second, all members")
     axes.set_xticks(counts, map(str, counts))

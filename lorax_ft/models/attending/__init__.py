@@ -48,8 +48,9 @@ def attend(
     if kernel == "auto":
         kernel = OF_PLATFORM.get(platform or jax.default_backend(), "xla")
         one = KERNELS[kernel]
-        usable = not one.lacks(query, seen, products) and one.serves(query, key, seen, products)
-        kernel = kernel if usable and key.shape[1] >= one.shortest else "xla"
+        call = query, key, seen, products
+        usable = not one.lacks(query, seen, products) and one.serves(*call)
+        kernel = kernel if usable and key.shape[1] >= one.shortest(*call) else "xla"
     elif reason := KERNELS[kernel].lacks(query, seen, products):
         raise ValueError(f"ComputeConfig.attention {kernel!r} knows no {reason}: say 'xla'.")
     elif not KERNELS[kernel].serves(query, key, seen, products):

@@ -126,10 +126,8 @@ def _lacks(query: Array, seen: Seen, products: Products) -> str | None:
 def _serves(query: Array, key: Array, seen: Seen, products: Products) -> bool:
     _, sizes = mesh_and_sizes()
     length, keys = query.shape[1], key.shape[1]
-    is_masked = _is_by_place(seen, length, keys) or (seen.mask is not None and not seen.hides_ends)
-    # A mask is a bias to it, and a bias has no gradient where lengths are odd; nobody asks for one
-    # through a cache.
-    is_biased = is_masked or products.bias is not None
+    # A bias has no gradient where lengths are odd; nobody asks for one through a cache.
+    is_biased = _is_biased(query, key, seen, products)
     is_odd = seen.first is None and is_biased and (length % 2 == 1 or keys % 2 == 1)
     # JAX maps cuDNN's kernel by making one batch of all, but leaves biases as they are.
     is_mapped = is_biased and is_of_members()
@@ -137,4 +135,16 @@ def _serves(query: Array, key: Array, seen: Seen, products: Products) -> bool:
     return has_it and not is_odd and not is_mapped
 
 
-KERNEL = Kernel(attend, _lacks, _serves, shortest=128)
+def _shortest(*call: Any) -> int:
+    """By times on an H200."""
+    return 256 if _is_biased(*call) else 128
+
+
+def _is_biased(query: Array, key: Array, seen: Seen, products: Products) -> bool:
+    """Whether it is given a matrix of all queries and keys, as which it takes a mask, too."""
+    is_by_place = _is_by_place(seen, query.shape[1], key.shape[1])
+    is_masked = seen.mask is not None and not seen.hides_ends
+    return is_by_place or is_masked or products.bias is not None
+
+
+KERNEL = Kernel(attend, _lacks, _serves, _shortest)

@@ -43,12 +43,12 @@ class Products:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A way to compute attention: what it has not, ever and in a call."""
+    """A way to compute attention: what it has not, ever and in a call, and where it is chosen."""
 
     attend: Callable[[Array, Array, Array, Seen, Products], Array]
     lacks: Callable[[Array, Seen, Products], str | None] = lambda *_: None
     serves: Callable[[Array, Array, Seen, Products], bool] = lambda *_: True
-    shortest: int = 0  # keys from which on it is chosen by itself
+    shortest: Callable[[Array, Array, Seen, Products], int] = lambda *_: 0  # keys from which on
 
 
 def is_constant(window: int | Array | None) -> TypeGuard[int]:
