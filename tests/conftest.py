@@ -9,14 +9,14 @@ import os
 import pathlib
 import sys
 
+from tests import compilers
+
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 # These are read once, when jax and the Hugging Face libraries are first imported; processes that
 # tests start inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-).strip()
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {compilers.xla_flags(8)}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -57,12 +57,8 @@ def minilm() -> pathlib.Path:
 @pytest.fixture(scope="module")
 def optimized_compiles():
     """For files that run a program long, or whose law is of the bits or bytes that it ends with."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.clear_caches()  # what was compiled quickly
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()
+    with compilers.as_a_user():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -221,6 +221,7 @@ def test_rows_that_pad_a_member_of_a_sweep_stay_zero_and_change_nothing_else():
     assert jnp.array_equal(together[:, :24], alone)
 
 
+@pytest.mark.usefixtures("optimized_compiles")
 @pytest.mark.parametrize("shape", [(16, 1024), (16, 384), (2, 16, 512)])
 def test_sharded_states_have_the_same_bits(shape):
     tx = build_optimizer(OptimizerConfig(**EIGHT_BITS), total_steps=10)

@@ -36,7 +36,8 @@ CONFIG = {"model": {"path": "m"}, "data": {"source": {"train": "t.csv"}, "task":
 PROCESS = """
 import os, sys
 directory, port, index, count = *sys.argv[1:3], *map(int, sys.argv[3:])
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={4 // count}"
+from tests.compilers import xla_flags
+os.environ["XLA_FLAGS"] = xla_flags(devices=4 // count)
 from tests.test_loop import *
 from lorax_ft.training.processes import ProcessesConfig, check_same, check_shared, leave, together
 from lorax_ft.training.shares import share_of

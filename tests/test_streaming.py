@@ -117,7 +117,8 @@ def test_no_slice_of_a_kernel_is_read_twice_or_in_full(directory, read_sizes, ki
 PROCESS = """
 import os, sys
 folder, cache, port, index = *sys.argv[1:4], int(sys.argv[4])
-os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+from tests.compilers import xla_flags
+os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices=2)}
 import jax
 jax.distributed.initialize("localhost:" + port, num_processes=2, process_id=index)
 from lorax_ft import models, training
