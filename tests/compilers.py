@@ -42,9 +42,11 @@ def as_a_user() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiler, "get_compile_options", options)
         jax.config.update("jax_disable_most_optimizations", False)
-        yield
-        jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()
+        try:
+            yield
+        finally:
+            jax.config.update("jax_disable_most_optimizations", before)
+            jax.clear_caches()
 
 
 needs_tpu_compiler = pytest.mark.skipif(
