@@ -98,10 +98,12 @@ def plot(rows: list[Row], path: pathlib.Path) -> None:
         own = [r for r in found if r["variant"] == variant]
         speeds = [float(r["tokens_per_s"]) for r in own]
         label = f"one program, {variant}"
-        (line,) = axes.loglog([_count(r) for r in own], speeds, "o-", base=2, label=label)
+        (line,) = axes.plot([_count(r) for r in own], speeds, "o-", label=label)
         label = "one run after another"
         axes.axhline(speeds[0], linestyle=":", color=line.get_color(), label=label)
     counts = sorted({_count(r) for r in found})
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("members")
     axes.set_ylabel("tokens a second, all members")
     axes.set_xticks(counts, map(str, counts))

@@ -43,7 +43,7 @@ def _of_products(policy: Callable[..., Any]) -> Callable[..., Any]:
     return of_products
 
 
-def _products(primitive: Any, *shapes: Any, **parameters: Any) -> Any:
+def _keep_products(primitive: Any, *shapes: Any, **parameters: Any) -> Any:
     """What is called `PRODUCT`, and what cuDNN's attention gives, which nobody can give a name: its
     output and the sums of its softmax."""
     of_cudnn = primitive.name.startswith("dot_product_attention_fwd")
@@ -70,7 +70,7 @@ REMAT_POLICIES: Mapping[str, Callable[..., Any] | None] = {
         offload_dst="pinned_host",
     ),
     "offload_dots": _of_products(_policies.offload_dot_with_no_batch_dims("device", "pinned_host")),
-    "products": _products,
+    "products": _keep_products,
 }
 
 # How attention is computed: see `attending.KERNELS`; "auto" chooses for the platform.
